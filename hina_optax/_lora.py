@@ -1,0 +1,151 @@
+"""LoRA pairs in a parameter tree: found by name, brought to one shape, matched by rank."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hina_optax import _leaves
+
+DEFAULT_PATTERN = (
+  r"(?:(?P<down>lora_(?:embedding_)?(?:a|A|down))|(?P<up>lora_(?:embedding_)?(?:b|B|up)))"
+  r"(?![A-Za-z0-9_])"
+)
+
+
+class Layout(NamedTuple):
+  """How a factor is stored.
+
+  Attributes:
+    rank_axis: the axis both factors share, counted after the batch axes.
+    batch_axes: how many leading axes stack independent layers.
+  """
+
+  rank_axis: int
+  batch_axes: int
+
+
+class Pair(NamedTuple):
+  """Two leaves whose product is one low-rank change of a weight: `down` is applied first."""
+
+  down: int
+  up: int
+  down_layout: Layout
+  up_layout: Layout
+  rank: int
+
+
+def compile_pattern(pattern: str | None) -> re.Pattern[str]:
+  """The regular expression that tells the factors apart, checked."""
+  try:
+    compiled = re.compile(DEFAULT_PATTERN if pattern is None else pattern)
+  except (re.error, TypeError) as error:
+    raise ValueError(f"lora_pattern {pattern!r} is not a regular expression: {error}.") from error
+  if not {"down", "up"} <= set(compiled.groupindex):
+    raise ValueError(
+      f"lora_pattern {pattern!r} must have the named groups (?P<down>...) and (?P<up>...), one for "
+      "each spelling of a factor, for example r'(?P<down>reduce)|(?P<up>expand)'."
+    )
+  return compiled
+
+
+def find_pairs(tree: Any, pattern: re.Pattern[str]) -> list[Pair]:
+  """LoRA pairs of `tree`, in the order of their first leaf.
+
+  Raises:
+    ValueError: if a factor's partner is not in the tree (one that is masked away is in it), or the
+      two share no rank axis.
+  """
+  places, leaves, _ = _leaves.flatten(tree)
+  factors: dict[tuple[str, str], dict[str, _leaves.Leaf]] = {}
+  for place, leaf in zip(places, leaves):
+    match = _last_match(pattern, place.path)
+    if match and (_leaves.is_absent(leaf) or jnp.ndim(leaf) >= 2):
+      key = place.path[: match.start()], place.path[match.end():]
+      factors.setdefault(key, {})["down" if match["down"] else "up"] = place
+  pairs = []
+  for (head, _), found in factors.items():
+    present = {k: v for k, v in found.items() if not _leaves.is_absent(leaves[v.index])}
+    if len(present) == 2:
+      down, up = present["down"], present["up"]
+      pairs.append(_make_pair(down, up, leaves[down.index], leaves[up.index]))
+    elif len(found) == 1 and present and not _masked_away(head, places, leaves, pattern):
+      _raise_unpaired(*present.items())
+  return pairs
+
+
+def _raise_unpaired(item: tuple[str, _leaves.Leaf]) -> None:
+  kind, place = item
+  other = "up" if kind == "down" else "down"
+  raise ValueError(
+    f"Leaf '{place.path}' is named as the {kind} factor of a LoRA pair, but the tree has no {other} "
+    "factor beside it. Add it, rename the leaf, or give lora_pattern a regular expression with the "
+    "groups 'down' and 'up' that fits your names."
+  )
+
+
+def _last_match(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
+  matches = [m for m in pattern.finditer(path) if m["down"] or m["up"]]
+  return matches[-1] if matches else None
+
+
+def _masked_away(head: str, places, leaves, pattern: re.Pattern[str]) -> bool:
+  """Whether an absent node stands where the partner, or a whole branch with it, would be."""
+  for place, leaf in zip(places, leaves):
+    if _leaves.is_absent(leaf):
+      match = _last_match(pattern, place.path)
+      if head.startswith(place.path) or (match and place.path[: match.start()] == head):
+        return True
+  return False
+
+
+def _make_pair(down_place, up_place, down: Any, up: Any) -> Pair:
+  layouts = _flax_layout(down.shape, up.shape), _torch_layout(down.shape, up.shape)
+  ranks = [down.shape[_axis(x[0])] if x else None for x in layouts]
+  # Both may fit when sides are equal: a rank is the smaller one, and on a tie down/up and A/B are
+  # PyTorch's spellings, a/b Flax's.
+  torch_spelling = not re.search(r"lora_a(?![A-Za-z0-9_])", down_place.path)
+  order = sorted(
+    (i for i in (0, 1) if layouts[i]), key=lambda i: (ranks[i], i != int(torch_spelling))
+  )
+  if not order:
+    raise ValueError(
+      f"LoRA factors '{down_place.path}' {tuple(down.shape)} and '{up_place.path}' "
+      f"{tuple(up.shape)} share no rank: expected (..., in, rank) with (..., rank, out) as in Flax, "
+      "or (rank, in, ...) with (out, rank, ...) as in PyTorch."
+    )
+  chosen = layouts[order[0]]
+  return Pair(down_place.index, up_place.index, *chosen, int(ranks[order[0]]))
+
+
+def _axis(layout: Layout) -> int:
+  return layout.rank_axis + layout.batch_axes
+
+
+def _flax_layout(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[Layout, Layout] | None:
+  if down[-1] != up[-2]:
+    return None
+  stacked = len(down) > 2 and down[:-2] == up[:-2]
+  batch = len(down) - 2 if stacked else 0
+  return Layout(len(down) - 1 - batch, batch), Layout(len(up) - 2 - batch, batch)
+
+
+def _torch_layout(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[Layout, Layout] | None:
+  return (Layout(0, 0), Layout(1, 0)) if down[0] == up[1] else None
+
+
+def to_matrix(x: jax.Array, layout: Layout) -> jax.Array:
+  """A factor as `(layers, rank, rest)`."""
+  front = jnp.moveaxis(x, _axis(layout), layout.batch_axes)
+  layers = 1
+  for size in x.shape[: layout.batch_axes]:
+    layers *= size
+  rank = x.shape[_axis(layout)]
+  return front.reshape(layers, rank, x.size // max(layers * rank, 1))
+
+
+def from_matrix(matrix: jax.Array, layout: Layout, like: jax.Array) -> jax.Array:
+  """Inverse of `to_matrix`."""
+  front = jnp.moveaxis(like, _axis(layout), layout.batch_axes).shape
+  return jnp.moveaxis(matrix.reshape(front), layout.batch_axes, _axis(layout))

@@ -1,0 +1,185 @@
+"""Arithmetic that every part shares: fp32 scalars, whole-leaf sums, averages, stencils, quantiles.
+
+Nothing here knows what a parameter, a path or an optimizer is. All functions take and return arrays
+of one floating dtype of at least 32 bits (`compute_dtype`), so that nothing is computed in bf16 by
+accident.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Scalar = float | int | jax.Array
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+  """fp32 for floating dtypes, fp64 if one of them is that."""
+  # Not jnp.promote_types, which refuses to mix dtypes under strict promotion.
+  wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+  return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def scalar(value: Any, dtype: Any) -> Any:
+  """A hyperparameter that mixes with arrays of `dtype`.
+
+  A Python number stays one, so that `1 - b2` is computed in double precision as optax does it; an
+  array, such as a traced bf16 hyperparameter, is cast.
+  """
+  return value if isinstance(value, (int, float)) else jnp.asarray(value).astype(dtype)
+
+
+def inner_product(x: Array, y: Array) -> Array:
+  """Sum of `x * y` over all axes, as one contraction.
+
+  A contraction is several times faster than a reduction on CPUs and keeps a sharded leaf where it
+  is: only the scalar is all-reduced.
+  """
+  axes = tuple(range(x.ndim))
+  return lax.dot_general(
+    x, y, ((axes, axes), ((), ())),
+    precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype,
+  )
+
+
+def total(x: Array) -> Array:
+  """Sum over all axes."""
+  return inner_product(x, jnp.ones_like(x))
+
+
+def mean(x: Array) -> Array:
+  """Mean over all axes; 0 for an empty leaf."""
+  return total(x) / max(x.size, 1)
+
+
+def fraction(mask: Array, dtype: Any = jnp.float32) -> Array:
+  """Share of true elements; 0 for an empty leaf."""
+  return mean(mask.astype(dtype))
+
+
+def norm(x: Array) -> Array:
+  """Euclidean norm over all axes."""
+  return jnp.sqrt(inner_product(x, x))
+
+
+def safe_divide(numerator: Array, denominator: Array, default: float = 0.0) -> Array:
+  """`numerator / denominator`, or `default` where that is 0/0, x/0 or not finite."""
+  usable = (denominator != 0) & jnp.isfinite(denominator)
+  ratio = numerator / jnp.where(usable, denominator, jnp.ones_like(denominator))
+  return jnp.where(usable & jnp.isfinite(ratio), ratio, jnp.full_like(ratio, default))
+
+
+def reciprocal(x: Array) -> Array:
+  """`1 / x`, or 0 where that is not finite."""
+  return safe_divide(jnp.ones_like(x), x)
+
+
+def cosine(x: Array, y: Array) -> Array:
+  """Cosine of the angle between two leaves; 0 where either is zero."""
+  return safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
+
+
+def variance(x: Array) -> Array:
+  """Unbiased variance (n - 1) over all axes; 0 for fewer than two elements."""
+  centred = x - mean(x)
+  return inner_product(centred, centred) / max(x.size - 1, 1)
+
+
+def average(old: Array, new: Array, decay: Any) -> Array:
+  """Exponential average `decay * old + (1 - decay) * new`."""
+  rate = scalar(decay, old.dtype)
+  return rate * old + (1 - rate) * new
+
+
+def debias(decay: Any, count: Array, dtype: Any = jnp.float32) -> Array:
+  """`1 - decay**count`: what an average that started from zero has seen after `count` steps."""
+  return 1 - scalar(decay, dtype) ** count.astype(dtype)
+
+
+def difference(x: Array, axis: int) -> Array:
+  """`x[i+1] - x[i]` along `axis`, 0 in the last place: the flux through each upper face."""
+  size = x.shape[axis]
+  inner = lax.slice_in_dim(x, min(1, size), size, axis=axis) - lax.slice_in_dim(
+    x, 0, max(size - 1, 0), axis=axis
+  )
+  return _pad(inner, axis, 0, min(1, size))
+
+
+def shift(x: Array, axis: int) -> Array:
+  """`x[i-1]` along `axis`, 0 in the first place."""
+  return _pad(x, axis, 1, -1) if x.shape[axis] else x
+
+
+def laplacian(x: Array, axes: Sequence[int], border: str = "replicate") -> Array:
+  """Second difference summed over `axes`.
+
+  `border="replicate"` takes the missing neighbour to equal the element itself; `"zero"` gives a
+  second difference of 0 along an axis on that axis's first and last place.
+  """
+  parts = [_second_difference(x, axis, border) for axis in axes]
+  return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(x)
+
+
+def squared_differences(x: Array, axes: Sequence[int]) -> Array:
+  """Sum over the existing neighbours along `axes` of the squared difference to that neighbour."""
+  result = jnp.zeros_like(x)
+  for axis in axes:
+    squared = jnp.square(difference(x, axis))
+    result = result + squared + shift(squared, axis)
+  return result
+
+
+def absolute_differences(x: Array, axes: Sequence[int]) -> Array:
+  """Sum over `axes` of `|x[i] - x[i-1]|`, 0 in the first place."""
+  result = jnp.zeros_like(x)
+  for axis in axes:
+    result = result + shift(jnp.abs(difference(x, axis)), axis)
+  return result
+
+
+def box_mean(x: Array, axes: Sequence[int], border: str = "replicate") -> Array:
+  """Mean over three places along each of `axes`; `border="zero"` counts missing ones as 0."""
+  for axis in axes:
+    if border == "replicate":
+      x = x + _second_difference(x, axis, border) / 3
+    else:
+      x = (x + shift(x, axis) + (_pad(x, axis, -1, 1) if x.shape[axis] else x)) / 3
+  return x
+
+
+def order_statistic(x: Array, rank: int) -> Array:
+  """The element of index `rank` of sorted non-negative `x`, without sorting.
+
+  Bisects on the bit pattern, which orders as the values do: one count over the leaf for each bit,
+  all-reduced as a scalar when the leaf is sharded.
+  """
+  if x.size == 0:
+    return jnp.zeros([], x.dtype)
+  pattern = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+  def body(step: Array, found: Array) -> Array:
+    candidate = found | jnp.left_shift(jnp.int32(1), jnp.int32(30) - step)
+    below = jnp.sum((pattern < candidate).astype(jnp.int32))
+    return jnp.where(below <= rank, candidate, found)
+
+  found = lax.fori_loop(0, 31, lambda i, f: body(jnp.asarray(i, jnp.int32), f), jnp.int32(0))
+  return lax.bitcast_convert_type(found, jnp.float32).astype(x.dtype)
+
+
+def _second_difference(x: Array, axis: int, border: str) -> Array:
+  flux = difference(x, axis)
+  result = flux - shift(flux, axis)
+  if border == "replicate":
+    return result
+  place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+  inside = (place > 0) & (place < x.shape[axis] - 1)
+  return jnp.where(inside, result, jnp.zeros_like(result))
+
+
+def _pad(x: Array, axis: int, low: int, high: int) -> Array:
+  config = [(0, 0, 0)] * x.ndim
+  config[axis] = (low, high, 0)
+  return lax.pad(x, jnp.zeros([], x.dtype), config)

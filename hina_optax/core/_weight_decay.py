@@ -1,0 +1,120 @@
+"""Decoupled weight decay that fades late in training."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hina_optax import _checks, _leaves, _numerics
+from hina_optax._numerics import Scalar
+
+
+class AddScheduledWeightDecayState(NamedTuple):
+  """State of `add_scheduled_weight_decay`.
+
+  Attributes:
+    count: int32 scalar, steps seen.
+  """
+
+  count: jax.Array
+
+
+def add_scheduled_weight_decay(
+  weight_decay: Scalar = 0.01,
+  *,
+  transition_steps: Scalar | None = None,
+  factor: Scalar = 0.7,
+  min_ratio: Scalar = 0.1,
+  learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Adds weight decay, constant up to a step `T` and fading after it.
+
+  .. math::
+    u \leftarrow u + \lambda_t\, p, \qquad \lambda_t = \lambda
+    \cdot \begin{cases} 1 & t \le T \\
+    \max(\rho, f^{\min((t - T)/T,\, 2)}) & t > T \end{cases}
+
+  with the step `t` counted from 1. Without `transition_steps` it is
+  `optax.add_decayed_weights`. Place it behind the core and before the learning rate. To leave
+  biases and norms out, wrap it in `optax.masked`.
+
+  Args:
+    weight_decay: :math:`\lambda` >= 0, per unit of learning rate: each step takes
+      `learning_rate * lambda` of a parameter away. 0 is the identity.
+    transition_steps: `T` > 0 in steps; `None`: constant.
+    factor: `f` in (0, 1]: what is left of the decay after another `T` steps. After `2T` more it
+      stays at `f**2`.
+    min_ratio: :math:`\rho` in [0, 1], the least share that is left.
+    learning_rate: given, the updates are taken for final ones (behind the learning rate, negative)
+      and the decay :math:`\eta \lambda_t (p + u)` of the parameters *after* the step is subtracted,
+      as the PyTorch original does. A number or a schedule.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with an `AddScheduledWeightDecayState`: 4 bytes in
+    all.
+
+  Raises:
+    ValueError: if an argument lies outside its range, or `params` are missing at the update.
+    TypeError: if a leaf is not floating.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import hina_optax
+    >>> tx = hina_optax.add_scheduled_weight_decay(0.5, transition_steps=1, factor=0.5)
+    >>> params, state = jnp.array([2.0]), tx.init(jnp.array([2.0]))
+    >>> for _ in range(3):
+    ...   updates, state = tx.update(jnp.zeros(1), state, params)
+    ...   print(float(updates[0]))
+    1.0
+    0.5
+    0.25
+
+  References:
+    Loshchilov, Hutter, Decoupled weight decay, arXiv 1711.05101. `dynamic_weight_decay`,
+    `wd_transition_steps`, `wd_decay_factor` and `wd_min_ratio` of `HinaAdaptive`.
+  """
+  _checks.number("weight_decay", weight_decay)
+  _checks.number("factor", factor, 0.0, 1.0, open_low=True)
+  _checks.fraction("min_ratio", min_ratio)
+  if transition_steps is not None:
+    _checks.number("transition_steps", transition_steps, 0.0, open_low=True)
+
+  def init(params: Any) -> AddScheduledWeightDecayState:
+    _leaves.check_floating(params, "params")
+    return AddScheduledWeightDecayState(count=jnp.zeros([], jnp.int32))
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    _leaves.require_params(params, "add_scheduled_weight_decay")
+    count = optax.safe_increment(state.count)
+    ratio = _remaining(count, transition_steps, factor, min_ratio)
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+    def decay(leaf, u, read, trees, scalars):
+      del leaf, trees, scalars
+      amount = _numerics.scalar(weight_decay, u.dtype) * _numerics.scalar(ratio, u.dtype)
+      if rate is None:
+        return u + amount * read[0], (), ()
+      # Rounded as the original rounds: to the parameter after each of its two steps.
+      stepped = read[0] + u
+      decayed = stepped - _numerics.scalar(rate, u.dtype) * amount * stepped
+      return decayed - read[0], (), ()
+
+    visited = _leaves.visit(decay, updates, read=(params,))
+    return visited.updates, AddScheduledWeightDecayState(count)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _remaining(
+  count: jax.Array, transition_steps: Scalar | None, factor: Scalar, min_ratio: Scalar
+) -> jax.Array:
+  """Share of the weight decay that is left at step `count`."""
+  if transition_steps is None:
+    return jnp.ones([], jnp.float32)
+  begin, base, least = (
+    _numerics.scalar(x, jnp.float32) for x in (transition_steps, factor, min_ratio)
+  )
+  late = jnp.minimum((count.astype(jnp.float32) - begin) / begin, 2)
+  return jnp.where(late > 0, jnp.maximum(least, base**late), jnp.ones([], jnp.float32))

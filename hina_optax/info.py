@@ -1,0 +1,168 @@
+"""What an optimizer is doing, out of its options and its state."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hina_optax import core, modulators, regularizers
+from hina_optax.options import HinaOptions
+
+_MEMORY_OPTIONS = (
+  "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
+  "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
+)
+# Options by the state that shows they are on.
+_FEATURES: dict[type, str] = {
+  regularizers.AdaptiveGradientRegularizationState: "use_agr",
+  regularizers.SuppressEdgesState: "edge_suppression",
+  regularizers.SuppressHighFrequencyState: "spatial_awareness",
+  regularizers.PreserveDetailState: "spatial_awareness",
+  regularizers.AttenuateBackgroundState: "background_regularization",
+  regularizers.AddRankPenaltyState: "lora_rank_penalty",
+  regularizers.OrthogonalizeToParamsState: "use_orthogonal_grad",
+  modulators.CautiousState: "use_cautious",
+  modulators.GramsState: "use_grams",
+  modulators.SignAgreementState: "use_lr_mask",
+  modulators.ImportanceState: "use_dynamic_adaptation",
+  modulators.ProjectToInitState: "use_spd",
+}
+
+
+def get_optimization_info(state: Any, optimizer: Any = None) -> dict[str, Any]:
+  """Says which features are on, how state is kept, and how training stands.
+
+  Everything is read from the state, wherever it lies in a chain or a wrapper; nothing is stored for
+  it but a few numbers a leaf, and the training step is not compiled again. Reading the mean rate
+  scale and the background share takes one pass over their state.
+
+  Args:
+    state: the optimizer's state, of `hina_adaptive` or of any chain of parts.
+    optimizer: what `hina_adaptive` returned, its options as a dict, or `None`. Given, the options
+      are reported as they were set.
+
+  Returns:
+    A dict with
+
+    - `features`: names of the options that are on, sorted;
+    - `memory_optimization`: `state_bytes`, `state_bytes_by_dtype`, and the memory options given;
+    - `figures`: for the parts that are there: `step`; `edge_share` and `background_share` (of the
+      elements of spatial leaves); `alignment` (share of elements that agree with the gradient);
+      `torque` (mean cosine with the momentum); `mean_importance`; `mean_rate_scale` (over all
+      elements);
+    - `options`: the options given, else empty.
+
+  Raises:
+    TypeError: if `optimizer` is neither of the three, or the state is traced.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import hina_optax
+    >>> tx = hina_optax.hina_adaptive(1e-3, edge_suppression=True, use_lr_mask=False)
+    >>> params = {"w": jnp.ones((4, 4))}
+    >>> info = hina_optax.get_optimization_info(tx.init(params), tx)
+    >>> "edge_suppression" in info["features"], "use_lr_mask" in info["features"]
+    (True, False)
+    >>> info["figures"]["step"]
+    0
+  """
+  options = _options(optimizer)
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+    raise TypeError("get_optimization_info reads values: call it outside of jit, on a real state.")
+  parts = list(_find_parts(state))
+  return {
+    "features": sorted(_features(parts)),
+    "memory_optimization": _memory(state) | {
+      name: options[name] for name in _MEMORY_OPTIONS if name in options
+    },
+    "figures": _figures(parts),
+    "options": options,
+  }
+
+
+def _options(optimizer: Any) -> dict[str, Any]:
+  if optimizer is None:
+    return {}
+  found = getattr(optimizer, "options", optimizer)
+  if isinstance(found, HinaOptions):
+    return found.as_dict()
+  if isinstance(found, Mapping):
+    return dict(found)
+  raise TypeError(
+    "optimizer must be what hina_adaptive returned, a dict of its options, or None; got "
+    f"{type(optimizer).__name__}. Of a transformation wrapped in another, pass the inner one."
+  )
+
+
+def _find_parts(state: Any) -> Iterator[Any]:
+  """Every part's state inside of `state`, through chains, wrappers and dicts."""
+  if type(state) in _FIGURES or type(state) in _FEATURES:
+    yield state
+  if isinstance(state, Mapping):
+    children: Any = state.values()
+  elif isinstance(state, (tuple, list)):
+    children = state
+  else:
+    return
+  for child in children:
+    yield from _find_parts(child)
+
+
+def _features(parts: list[Any]) -> Iterator[str]:
+  seen = set()
+  for part in parts:
+    if isinstance(part, core.ScaleByHinaState) and part.torque is not None:
+      seen.add("use_tam")
+    if type(part) in _FEATURES:
+      seen.add(_FEATURES[type(part)])
+  yield from seen
+
+
+def _memory(state: Any) -> dict[str, Any]:
+  by_dtype: dict[str, int] = {}
+  for leaf in jax.tree.leaves(state):
+    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+      by_dtype[str(leaf.dtype)] = by_dtype.get(str(leaf.dtype), 0) + leaf.size * leaf.dtype.itemsize
+  return {"state_bytes": sum(by_dtype.values()), "state_bytes_by_dtype": by_dtype}
+
+
+def _figures(parts: list[Any]) -> dict[str, float]:
+  collected: dict[str, list[float]] = {}
+  for part in parts:
+    for name, read in _FIGURES.get(type(part), {}).items():
+      value = read(part)
+      if value is not None:
+        collected.setdefault(name, []).append(float(value))
+  figures = {name: float(np.mean(values)) for name, values in collected.items()}
+  steps = [int(np.max(part.count)) for part in parts if hasattr(part, "count")]
+  return ({"step": max(steps)} if steps else {}) | figures
+
+
+def _mean(vector: Any, least: float = -1.0) -> float | None:
+  """Mean of the entries above `least`, which marks leaves that a part leaves alone."""
+  values = np.asarray(vector, np.float64)
+  values = values[values > least]
+  return float(values.mean()) if values.size else None
+
+
+@jax.jit
+def _background_share(state: regularizers.AttenuateBackgroundState) -> jax.Array:
+  leaves = [x for x in jax.tree.leaves(state.background) if x.size]
+  sums = [jnp.sum(x.astype(jnp.float32)) for x in leaves]
+  return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
+
+
+_mean_scale = jax.jit(modulators.mean_scale)
+
+_FIGURES: dict[type, dict[str, Callable[[Any], Any]]] = {
+  regularizers.SuppressEdgesState: {"edge_share": lambda s: _mean(s.edge_share)},
+  regularizers.AttenuateBackgroundState: {"background_share": _background_share},
+  core.ScaleByHinaState: {
+    "torque": lambda s: None if s.torque is None else _mean(s.torque, -2.0)
+  },
+  modulators.CautiousState: {"alignment": lambda s: _mean(s.alignment, -2.0)},
+  modulators.ImportanceState: {"mean_importance": lambda s: _mean(s.importance)},
+  modulators.SignAgreementState: {"mean_rate_scale": _mean_scale},
+}

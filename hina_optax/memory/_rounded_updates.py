@@ -1,0 +1,125 @@
+"""Low-precision parameters that keep the small part of their updates."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hina_optax import _checks, _leaves, _rounding
+from hina_optax.memory import _storage
+
+_NARROW = ("bfloat16", "float16")
+_PURPOSE = 2
+
+
+class WithRoundedUpdatesState(NamedTuple):
+  """State of `with_rounded_updates`.
+
+  Attributes:
+    inner_state: the inner's state, untouched.
+    step: int32 scalar, updates so far. It and `seed` determine the rounding noise.
+    seed: uint32 scalar.
+  """
+
+  inner_state: Any
+  step: jax.Array
+  seed: jax.Array
+
+
+def with_rounded_updates(
+  inner: optax.GradientTransformation, rounding: str = "stochastic", seed: Any = 0
+) -> optax.GradientTransformationExtraArgs:
+  r"""Rounds bf16 and f16 parameters stochastically, under plain `optax.apply_updates`.
+
+  An update below 1/512 of its bf16 parameter is lost when the sum is rounded to the nearest, every
+  step. Here, for a parameter `p` of fewer than 32 bits and the inner's update `u`,
+
+  .. math::
+    t = Q\big(\mathrm{fp32}(p) + \mathrm{fp32}(u)\big), \qquad u' = t - \mathrm{fp32}(p)
+
+  with `Q` the stochastic rounding to the dtype of `p`, unbiased. `u'` is returned in fp32: `p + u'`
+  is then an fp32 sum, which `optax.apply_updates` casts to the dtype of `p`, and the result is
+  exactly `t`. (A bf16 `u'` cannot do this: the step from -129 to 128 needs nine bits.) It works
+  inside whatever calls `optax.apply_updates`, such as Flax's `TrainState` and `nnx.Optimizer`.
+
+  fp32 and fp64 parameters, integers and absent leaves pass untouched, and so do updates whose sum
+  is not finite. A finite sum beyond the dtype's range becomes its largest value.
+
+  Put it outermost: what changes the updates after it undoes the rounding, and a branch that returns
+  the gradients' own dtype, as in `optax.apply_if_finite`, clashes with fp32 updates outside but not
+  inside. Under `jax_numpy_dtype_promotion="strict"` call `optax.apply_updates` within
+  `jax.numpy_dtype_promotion("standard")`. It does not repair the inner's own arithmetic:
+  `optax.adamw` on bf16 parameters computes in bf16 unless `with_state_dtype` stands inside. It does
+  nothing for trees in fp32, and an fp32 master copy is more exact where there is room for one.
+
+  Args:
+    inner: any optax transformation; its updates are those to be added to the parameters.
+    rounding: `"stochastic"` or `"nearest"`.
+    seed: of the rounding noise, a whole number >= 0.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `WithRoundedUpdatesState`: 8 bytes in all
+    beside the inner's state.
+
+  Raises:
+    ValueError: if `rounding` or `seed` is unknown, or `update` is called without parameters.
+    TypeError: if `inner` is no transformation, or a parameter is a float of fewer than 16 bits.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import hina_optax.memory as memory
+    >>> params = jnp.ones(4096, jnp.bfloat16)
+    >>> grads = jnp.full(4096, 1e-3, jnp.bfloat16)
+    >>> for tx in (optax.sgd(1.0), memory.with_rounded_updates(optax.sgd(1.0))):
+    ...   updates, _ = tx.update(grads, tx.init(params), params)
+    ...   with jax.numpy_dtype_promotion("standard"):
+    ...     moved = optax.apply_updates(params, updates)
+    ...   print(moved.dtype, round(float(jnp.mean(moved.astype(float))), 3))
+    bfloat16 1.0
+    bfloat16 0.999
+
+  References:
+    Zamirai et al., Revisiting BFloat16 training, arXiv 2010.06192.
+  """
+  inner = _storage.transformation(inner)
+  _checks.choice("rounding", rounding, ("stochastic", "nearest"))
+  _checks.integer("seed", seed, 0)
+
+  def init(params: Any) -> WithRoundedUpdatesState:
+    return WithRoundedUpdatesState(
+      inner.init(params), jnp.zeros([], jnp.int32), _rounding.seed_word(seed)
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    _leaves.require_params(params, "with_rounded_updates")
+    updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    step = jnp.asarray(optax.safe_increment(state.step))
+    key = _rounding.key(state.seed, step, _PURPOSE)
+    places, leaves, structure = _leaves.flatten(updates)
+    targets = structure.flatten_up_to(params)
+    landed = [
+      _land(place.path, u, p, key.fold(place.index) if rounding == "stochastic" else None)
+      for place, u, p in zip(places, leaves, targets)
+    ]
+    return structure.unflatten(landed), WithRoundedUpdatesState(inner_state, step, state.seed)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _land(path: str, update: Any, param: Any, key: _rounding.Key | None) -> Any:
+  """The update that takes `param` exactly to the rounded sum."""
+  if _leaves.is_absent(update) or not _storage.is_floating(param) or param.dtype.itemsize >= 4:
+    return update
+  if param.dtype.name not in _NARROW:
+    raise TypeError(
+      f"with_rounded_updates: parameter '{path}' has dtype {param.dtype.name}; it rounds to "
+      f"{' and '.join(_NARROW)}. Leave the leaf out with optax.masked or optax.partition."
+    )
+  start, step = param.astype(jnp.float32), update.astype(jnp.float32)
+  wanted = start + step
+  landed = _rounding.round_to(wanted, param.dtype, key).astype(jnp.float32)
+  # An infinite sum is left to apply_updates: the difference would be NaN.
+  return jnp.where(jnp.isfinite(wanted), landed - start, step)

@@ -1,0 +1,180 @@
+"""What the storage wrappers share: the choice of leaves, and one frame around the inner."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hina_optax import _checks, _leaves, _rounding
+
+Include = str | re.Pattern[str] | Callable[[str, Any], bool] | None
+
+
+class Codec(NamedTuple):
+  """How one leaf of a state is kept.
+
+  Attributes:
+    label: the stored form in words, for errors.
+    chosen: `(path, leaf) -> bool`, from shape and dtype alone.
+    encode: `(leaf, key) -> stored`.
+    decode: `(stored, like) -> leaf`, of the dtype of `like`.
+    fits: `(stored, like) -> bool`: whether `encode` could have made `stored`.
+  """
+
+  label: str
+  chosen: Callable[[str, Any], bool]
+  encode: Callable[[jax.Array, _rounding.Key], Any]
+  decode: Callable[[Any, Any], jax.Array]
+  fits: Callable[[Any, Any], bool]
+
+
+def stored_transformation(
+  inner: Any, codec: Codec, make_state: Callable[..., Any], seed: Any, purpose: int
+) -> optax.GradientTransformationExtraArgs:
+  """`inner` in fp32, with the chosen leaves of its state kept as `codec` says.
+
+  `make_state(inner_state, step, seed)` builds the state, a NamedTuple of these fields.
+  """
+  inner = transformation(inner)
+  _checks.integer("seed", seed, 0)
+
+  def init(params: Any) -> Any:
+    step, word = jnp.zeros([], jnp.int32), _rounding.seed_word(seed)
+    paths, leaves, structure = paths_and_leaves(inner.init(widen(params)))
+    key = _rounding.key(word, step, purpose)
+    kept = _encode(codec, paths, leaves, leaves, key)
+    return make_state(structure.unflatten(kept), step, word)
+
+  def update(updates, state, params=None, **extra_args):
+    wide, wide_params = widen(updates), widen(params)
+    # The stored leaf does not say in which dtype the inner keeps it; its `init` does.
+    like = jax.eval_shape(inner.init, wide if params is None else wide_params)
+    paths, likes, structure = paths_and_leaves(like)
+    kept = _flatten_like(structure, state.inner_state)
+    opened = _decode(codec, paths, likes, kept)
+    result, inner_state = inner.update(wide, structure.unflatten(opened), wide_params, **extra_args)
+    step = jnp.asarray(optax.safe_increment(state.step))
+    key = _rounding.key(state.seed, step, purpose)
+    kept = _encode(codec, paths, likes, structure.flatten_up_to(inner_state), key)
+    return cast_like(result, updates), make_state(structure.unflatten(kept), step, state.seed)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
+  """`inner` with support for extra arguments; refuses what is no transformation."""
+  if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+    raise TypeError(
+      "inner must be an optax transformation, such as optax.adamw(1e-3), got "
+      f"{inner!r} ({type(inner).__name__})."
+    )
+  return optax.with_extra_args_support(inner)
+
+
+def structural_number(name: str, value: Any, default: int, low: int) -> int:
+  """A whole number that shapes the program: `default` for `None`, never traced."""
+  if value is None:
+    return default
+  _checks.structural(name, value)
+  _checks.integer(name, value, low)
+  return int(value)
+
+
+def path_rule(include: Include) -> Callable[[str, Any], bool]:
+  """`include` as a function of path and leaf; a regular expression is searched in the path."""
+  _checks.structural("include", include)
+  if include is None:
+    return lambda path, leaf: True
+  if isinstance(include, (str, re.Pattern)):
+    try:
+      pattern = re.compile(include)
+    except re.error as error:
+      raise ValueError(f"include is not a regular expression: {include!r} ({error}).") from error
+    return lambda path, leaf: pattern.search(path) is not None
+  if callable(include):
+    return include
+  raise TypeError(
+    "include must be None, a regular expression searched in the path of a state leaf, or a "
+    f"function of path and leaf that returns a bool; got {include!r} ({type(include).__name__})."
+  )
+
+
+def paths_and_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
+  """Paths (`"0/mu/dense/kernel"`), leaves and structure of a state."""
+  pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+  return [_leaves.path_string(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
+
+
+def is_floating(leaf: Any) -> bool:
+  """True for arrays of real floating numbers."""
+  return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def widen(tree: Any) -> Any:
+  """Floating leaves of fewer than 32 bits in fp32, everything else as it is."""
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float32) if is_floating(x) and x.dtype.itemsize < 4 else x, tree
+  )
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+  """Floating leaves of `tree` in the dtypes of `like`."""
+  def cast(x: Any, other: Any) -> Any:
+    return x.astype(other.dtype) if is_floating(x) and is_floating(other) else x
+
+  return jax.tree.map(cast, tree, like, is_leaf=_leaves.is_absent)
+
+
+def _encode(codec: Codec, paths: list, likes: list, leaves: list, key: _rounding.Key) -> list:
+  kept = []
+  for index, (path, like, leaf) in enumerate(zip(paths, likes, leaves)):
+    if not codec.chosen(path, like):
+      kept.append(leaf)
+      continue
+    _refuse_host(path, leaf)
+    kept.append(codec.encode(leaf, key.fold(index)))
+  return kept
+
+
+def _decode(codec: Codec, paths: list, likes: list, kept: list) -> list:
+  leaves = []
+  for path, like, stored in zip(paths, likes, kept):
+    chosen = codec.chosen(path, like)
+    if not (codec.fits(stored, like) if chosen else hasattr(stored, "dtype")):
+      wanted = codec.label if chosen else jnp.dtype(like.dtype).name
+      raise ValueError(
+        f"state leaf '{path}' of shape {tuple(like.shape)} is stored as {_describe(stored)}, but "
+        f"these options store it as {wanted}: the state was made with other options or for other "
+        "parameters. Use the options it was made with, or start again from init."
+      )
+    if chosen:
+      _refuse_host(path, stored)
+    leaves.append(codec.decode(stored, like) if chosen else stored)
+  return leaves
+
+
+def _describe(stored: Any) -> str:
+  parts = [f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for x in jax.tree.leaves(stored)]
+  return f"{type(stored).__name__}({', '.join(parts)})" if len(parts) != 1 else parts[0]
+
+
+def _flatten_like(structure: Any, state: Any) -> list:
+  try:
+    return structure.flatten_up_to(state)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      "the state does not have the structure of this inner transformation's state: it was made by "
+      f"another transformation or for other parameters ({error})."
+    ) from error
+
+
+def _refuse_host(path: str, stored: Any) -> None:
+  for leaf in jax.tree.leaves(stored):
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+      raise ValueError(
+        f"state leaf '{path}' is in host memory, where nothing can be computed: put "
+        "with_host_offload outside of the other storage wrappers, not inside."
+      )

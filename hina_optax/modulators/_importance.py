@@ -1,0 +1,251 @@
+"""Importance: move learning rate between leaves by how much each has to learn."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from hina_optax import _checks, _leaves, _numerics
+from hina_optax._numerics import Scalar
+from hina_optax.modulators import _relations
+from hina_optax.modulators._rates import RateRule, scale_by_rates
+
+_WEIGHTS = 0.4, 0.3, 0.3
+_LEAST_CONTRIBUTION = 0.01
+_FACTOR_BOUNDS = 0.1, 3.0
+_RELATED_BOUNDS = 0.01, 5.0
+_RELATION_WEIGHT = 0.2
+_INTRINSIC = 0.5
+_SPARSE = 1e-6
+# The original keeps importance as an integer of 16 bits.
+_QUANTA = 6553.5
+
+
+class ImportanceState(NamedTuple):
+  """State of `scale_by_importance`: three numbers a leaf, nothing per parameter.
+
+  Attributes:
+    count: int32 scalar, steps seen.
+    importance: fp32 vector, one number a leaf.
+    initial_norm: fp32 vector: norm of the parameters at the first visit, -1 before it.
+    relation: fp32 vector: compatibility with the related leaf, 0 without one.
+  """
+
+  count: jax.Array
+  importance: jax.Array
+  initial_norm: jax.Array
+  relation: jax.Array
+
+
+def scale_by_importance(
+  inner: optax.GradientTransformation,
+  strength: Scalar = 1.0,
+  *,
+  interval: Scalar = 100,
+  decay: Scalar = 0.95,
+  compatibility_threshold: Scalar = 0.3,
+  intrinsic_importance: str = "full",
+  relative: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales the direction of each leaf by its importance relative to the other leaves.
+
+  At every `interval`-th step each leaf contributes
+
+  .. math:: k = \max(0.01,\; 0.4\,\hat g + 0.3\,\hat c + 0.3\,\hat\imath)
+
+  - `g`: root mean square of its gradient,
+  - `c`: relative change of its parameters' norm since the first visit,
+  - `i`: variance of its parameters times the share of them above 1e-6 in size,
+
+  each divided by its mean over the leaves, and importance is the average of that over visits,
+  :math:`I \leftarrow \delta I + (1-\delta) k` from 1. A matrix is related to the most compatible
+  other one (equal sides, correlated first elements), if above the threshold, with compatibility `q`.
+  With :math:`R = I (1 + 0.2\, q)`,
+
+  .. math::
+    f = \operatorname{clip}\left(1 + s\left(\tfrac{R}{\operatorname{mean} R} - 1\right),
+    0.1, 3\right), \qquad u \leftarrow \frac{f}{\operatorname{mean} f}\, u
+
+  The mean factor over the leaves is 1: learning rate moves between leaves, the sum stays. Between
+  visits this costs one multiplication. Importance is a heuristic of the guide: it has no published
+  evidence.
+
+  Args:
+    inner: any optax transformation whose output still points along the gradient.
+    strength: `s` >= 0, dimensionless; 0 is the identity.
+    interval: >= 1, steps between visits.
+    decay: :math:`\delta` in [0, 1).
+    compatibility_threshold: in [0, 1].
+    intrinsic_importance: `"full"` as above, or `"estimated"`: the constant 0.5 for `i`, which saves
+      a pass over the parameters at each visit.
+    relative: `False` is the PyTorch original: absolute terms (`g` the norm), importance in steps of
+      1/6553.5, the first relation found instead of the best,
+      :math:`u \leftarrow \operatorname{clip}(\operatorname{clip}(s I, 0.1, 3)(1 + 0.2 q), 0.01, 5)\, u`.
+      A leaf with small gradients then decays towards a sixth of the learning rate.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ScaleByRatesState` that holds an
+    `ImportanceState`: 12 bytes a leaf beside the inner's state.
+
+  Raises:
+    ValueError: if an argument lies outside its range, or `params` are missing at the update.
+    TypeError: if a leaf is not floating.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import hina_optax
+    >>> tx = hina_optax.scale_by_importance(optax.identity(), interval=1, decay=0.0)
+    >>> params = {"a": jnp.array([1.0, 3.0]), "b": jnp.array([1.0, 3.0])}
+    >>> grads = {"a": jnp.array([3.0, 3.0]), "b": jnp.array([1.0, 1.0])}
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> [round(float(updates[k][0] / grads[k][0]), 3) for k in ("a", "b")]
+    [1.2, 0.8]
+
+  References:
+    `use_dynamic_adaptation`, `adaptation_strength`, `relationship_discovery_interval`,
+    `importance_decay` and `compatibility_threshold` of `HinaAdaptive`.
+  """
+  return scale_by_rates(inner, (importance_rule(
+    strength, interval=interval, decay=decay, compatibility_threshold=compatibility_threshold,
+    intrinsic_importance=intrinsic_importance, relative=relative,
+  ),))
+
+
+def importance_rule(
+  strength: Scalar,
+  *,
+  interval: Scalar,
+  decay: Scalar,
+  compatibility_threshold: Scalar,
+  intrinsic_importance: str,
+  relative: bool,
+) -> RateRule:
+  """The rule behind `scale_by_importance`."""
+  _checks.number("strength", strength)
+  _checks.integer("interval", interval, 1)
+  _checks.decay("decay", decay)
+  _checks.fraction("compatibility_threshold", compatibility_threshold)
+  _checks.choice("intrinsic_importance", intrinsic_importance, ("full", "estimated"))
+  start = 1.0 if relative else round(_QUANTA) / _QUANTA
+
+  def init(params: Any) -> ImportanceState:
+    return ImportanceState(
+      count=jnp.zeros([], jnp.int32),
+      importance=_leaves.per_leaf_scalars(params, start),
+      initial_norm=_leaves.per_leaf_scalars(params, -1.0),
+      relation=_leaves.per_leaf_scalars(params),
+    )
+
+  def prepare(updates, params, state):
+    _leaves.require_params(params, "scale_by_importance")
+    count = optax.safe_increment(state.count)
+    gradients, parameters = _present(updates, params)
+    new = lax.cond(
+      count % jnp.asarray(interval).astype(jnp.int32) == 0, visit, lambda *args: args[-1],
+      gradients, parameters, state,
+    )
+    # The original searches for relations after it has begun the step.
+    relation = new.relation if relative else state.relation
+    factors = _factors(new.importance, relation, strength, list(gradients), relative)
+    return factors, new._replace(count=count)
+
+  def visit(gradients: dict[int, Any], parameters: dict[int, Any], state: ImportanceState):
+    index = np.array(list(gradients), np.int32)
+    if not index.size:
+      return state
+    terms, norms = _terms(gradients, parameters, state.initial_norm[index], intrinsic_importance,
+                          relative)
+    contribution = sum(w * (_relative(x) if relative else x) for w, x in zip(_WEIGHTS, terms))
+    contribution = jnp.maximum(contribution, _LEAST_CONTRIBUTION)
+    importance = _numerics.average(state.importance[index], contribution, decay)
+    if not relative:
+      importance = jnp.clip(jnp.round(importance * _QUANTA), 0, 65535) / _QUANTA
+    first = jnp.where(state.initial_norm[index] < 0, norms, state.initial_norm[index])
+    relation = _relate(parameters, state.relation, compatibility_threshold, relative)
+    return state._replace(
+      importance=state.importance.at[index].set(importance),
+      initial_norm=state.initial_norm.at[index].set(first),
+      relation=relation,
+    )
+
+  def factor(leaf, u, g, trees, factors):
+    del g, trees
+    return factors[leaf.index].astype(u.dtype), ()
+
+  return RateRule(init, prepare, factor)
+
+
+def _present(updates: Any, params: Any) -> tuple[dict[int, Any], dict[int, Any]]:
+  """Gradients and parameters by place, without the places where either is absent."""
+  _, gradients, structure = _leaves.flatten(updates)
+  parameters = structure.flatten_up_to(params)
+  places = [
+    i for i, pair in enumerate(zip(gradients, parameters)) if not any(map(_leaves.is_absent, pair))
+  ]
+  return {i: gradients[i] for i in places}, {i: parameters[i] for i in places}
+
+
+def _terms(gradients, parameters, initial_norm, intrinsic_importance: str, relative: bool):
+  """Vectors of gradient size, change and intrinsic importance; and the parameters' norms."""
+  clean = {i: _clean(g) for i, g in gradients.items()}
+  size = jnp.stack([
+    _numerics.norm(g) / (max(g.size, 1) ** 0.5 if relative else 1.0) for g in clean.values()
+  ])
+  weights = {i: _clean(p) for i, p in parameters.items()}
+  norms = jnp.stack([_numerics.norm(p) for p in weights.values()])
+  change = jnp.where(
+    initial_norm < 0, 0, _numerics.safe_divide(jnp.abs(norms - initial_norm), initial_norm)
+  )
+  if intrinsic_importance == "estimated":
+    intrinsic = jnp.full_like(norms, _INTRINSIC)
+  else:
+    intrinsic = jnp.stack([_intrinsic(p) for p in weights.values()])
+  return (size, change, intrinsic), norms
+
+
+def _clean(x: Any) -> jax.Array:
+  x = jnp.asarray(x).astype(jnp.float32)
+  return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _intrinsic(p: jax.Array) -> jax.Array:
+  return _numerics.variance(p) * (1 - _numerics.fraction(jnp.abs(p) < _SPARSE))
+
+
+def _relative(x: jax.Array) -> jax.Array:
+  """`x` over its mean; all ones where the mean is 0."""
+  x = jnp.where(jnp.isfinite(x), x, 0)
+  average = jnp.mean(x)
+  return jnp.where(average > 0, x * _numerics.reciprocal(average), 1)
+
+
+def _relate(parameters, relation: jax.Array, threshold: Scalar, relative: bool) -> jax.Array:
+  places = _relations.candidates([parameters.get(i) for i in range(relation.size)])
+  if len(places) < 2:
+    return relation
+  compat = _relations.compatibility([_clean(parameters[i]) for i in places])
+  index = np.array(places)
+  if relative:
+    return relation.at[index].set(_relations.strongest(compat, threshold))
+  found = _relations.first_accepted(compat, threshold, len(parameters))
+  found = found.astype(jnp.float16).astype(jnp.float32)
+  return relation.at[index].set(jnp.where(relation[index] > 0, relation[index], found))
+
+
+def _factors(
+  importance: jax.Array, relation: jax.Array, strength: Scalar, places: list[int], relative: bool
+) -> jax.Array:
+  amount = _numerics.scalar(strength, importance.dtype)
+  related = 1 + _RELATION_WEIGHT * relation
+  if not relative:
+    return jnp.clip(jnp.clip(importance * amount, *_FACTOR_BOUNDS) * related, *_RELATED_BOUNDS)
+  if not places:
+    return jnp.ones_like(importance)
+  index = np.array(places)
+  rank = (importance * related)[index]
+  factor = jnp.clip(1 + amount * (rank / jnp.mean(rank) - 1), *_FACTOR_BOUNDS)
+  return jnp.ones_like(importance).at[index].set(factor / jnp.mean(factor))

@@ -1,0 +1,132 @@
+"""Selective projection decay: pull parameters back when they leave their start the wrong way."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hina_optax import _checks, _leaves, _numerics
+from hina_optax._numerics import Scalar
+
+
+class ProjectToInitState(NamedTuple):
+  """State of `project_to_init`.
+
+  Attributes:
+    count: int32 scalar, steps seen.
+    inner_state: the wrapped transformation's state.
+    displacement: like the parameters, fp32: how far each has moved from its start. 4 bytes a
+      parameter; small numbers, which two bytes hold well.
+  """
+
+  count: jax.Array
+  inner_state: Any
+  displacement: Any
+
+
+def project_to_init(
+  inner: optax.GradientTransformation,
+  strength: Scalar = 0.06,
+  *,
+  learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Pulls a leaf back towards its initial value when the gradient asks for it.
+
+  With the parameters `x` before and `y` after the wrapped optimizer's step, and their start
+  :math:`x_0`, per leaf, where :math:`\langle g, x - x_0 \rangle > 0`:
+
+  .. math::
+    r = \operatorname{clip}\left(\frac{\|y-x_0\| - \|x-x_0\|}{\|y-x_0\|}, 0, 1\right), \qquad
+    y \leftarrow y - \lambda\, r\, (y - x_0)
+
+  `lambda = 1` puts a growing deviation back to its old length. It takes the place of weight decay
+  when a pretrained model is fine-tuned. For LoRA factors, whose start is zero or random, a pull to
+  the start means little: the paper pulls both factors to zero, which plain weight decay does.
+
+  The start is not stored: the displacement is, and follows what `optax.apply_updates` does to the
+  parameters in their own dtype. So wrap the *whole* optimizer, learning rate included, and let
+  nothing behind it change the updates.
+
+  Args:
+    inner: a complete optimizer: its updates are added to the parameters.
+    strength: :math:`\lambda` in [0, 1], not multiplied by the learning rate. 0 is the identity.
+    learning_rate: given, the PyTorch original's rule: always
+      :math:`y \leftarrow y - \eta \lambda \frac{\|y-x_0\|}{\|y\|} (y - x_0)`, with no selection. A
+      number or a schedule.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ProjectToInitState`: 4 bytes a parameter
+    beside the inner's state.
+
+  Raises:
+    ValueError: if `strength` is outside [0, 1], or `params` are missing at the update.
+    TypeError: if a leaf is not floating.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import hina_optax
+    >>> tx = hina_optax.project_to_init(optax.sgd(1.0), strength=1.0)
+    >>> params = jnp.array([0.0])
+    >>> state = tx.init(params)
+    >>> for g in (-1.0, 4.0):
+    ...   updates, state = tx.update(jnp.array([g]), state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(float(params[0]))
+    1.0
+    -1.0
+
+  References:
+    Tian, Huang, Kira, Rethinking weight decay for robust fine-tuning of foundation models (SPD),
+    NeurIPS 2024, arXiv 2411.01713; `use_spd` and `spd_lambda` of `HinaAdaptive`.
+  """
+  _checks.fraction("strength", strength)
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params: Any) -> ProjectToInitState:
+    return ProjectToInitState(
+      jnp.zeros([], jnp.int32), inner.init(params), _leaves.per_element_state(params)
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    _leaves.require_params(params, "project_to_init")
+    steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    _, raw_steps, structure = _leaves.flatten(steps)
+    raw_params = structure.flatten_up_to(params)
+
+    def pull(leaf, u, read, trees, scalars):
+      del scalars
+      (g, x), old = read, trees[0]
+      new, amount = old + u, _numerics.scalar(strength, u.dtype)
+      if rate is None:
+        u = u - amount * _selective_share(g, old, new) * new
+      else:
+        # Rounded as the original rounds: to the parameter after the optimizer's own step.
+        stepped = x + u
+        share = _numerics.safe_divide(_numerics.norm(new), _numerics.norm(stepped))
+        u = (stepped - _numerics.scalar(rate, u.dtype) * amount * share * new) - x
+      moved = _applied(u, raw_params[leaf.index], raw_steps[leaf.index].dtype)
+      return u, (old + moved,), ()
+
+    visited = _leaves.visit(pull, steps, read=(updates, params), trees=(state.displacement,))
+    count = optax.safe_increment(state.count)
+    return visited.updates, ProjectToInitState(count, inner_state, *visited.trees)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _selective_share(g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+  before, after = _numerics.norm(old), _numerics.norm(new)
+  share = jnp.clip(_numerics.safe_divide(after - before, after), 0, 1)
+  return jnp.where(_numerics.inner_product(g, old) > 0, share, jnp.zeros_like(share))
+
+
+def _applied(u: jax.Array, param: jax.Array, step_dtype: Any) -> jax.Array:
+  """What `optax.apply_updates` adds to a parameter, which may round it to bf16 or not move it."""
+  same = param.dtype == step_dtype
+  dtype = step_dtype if same else _numerics.compute_dtype(param.dtype, step_dtype)
+  new = (param.astype(dtype) + u.astype(step_dtype).astype(dtype)).astype(param.dtype)
+  moved = new.astype(u.dtype) - param.astype(u.dtype)
+  return jnp.where(jnp.isfinite(moved), moved, jnp.zeros_like(moved))

@@ -1,0 +1,80 @@
+"""OrthoGrad: keep only the part of the gradient that is orthogonal to the parameters."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hina_optax import _checks, _leaves, _numerics
+
+_TINY = 1e-30
+_NOISE = 1e-6
+
+
+class OrthogonalizeToParamsState(NamedTuple):
+  """State of `orthogonalize_to_params`: empty, it names the part in a chain's state."""
+
+
+def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTransformationExtraArgs:
+  r"""Removes from the gradient its component along the parameters, keeping its norm.
+
+  .. math::
+    o = g - \frac{\langle w, g \rangle}{\langle w, w \rangle + 10^{-30}}\, w, \qquad
+    g \leftarrow o\, \frac{\|g\|}{\|o\| + 10^{-30}}
+
+  per leaf. A leaf whose parameters or gradient are zero passes through. Of a gradient parallel to
+  the parameters (always so with one element) nothing is left but rounding noise, which the formula
+  would scale up to the old norm: below 1e-6 of the gradient the result is 0.
+
+  Args:
+    include_vectors: `False` lets leaves of fewer than two axes (biases, norms) pass through, as
+      the paper does; `True` takes every leaf, as the PyTorch original does.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` without state.
+
+  Raises:
+    ValueError: if `params` are missing at the update.
+    TypeError: if a leaf is not floating.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import hina_optax
+    >>> tx = hina_optax.orthogonalize_to_params()
+    >>> params = {"w": jnp.array([[2.0, 0.0]])}
+    >>> updates, _ = tx.update({"w": jnp.array([[3.0, 4.0]])}, tx.init(params), params)
+    >>> updates["w"].tolist()
+    [[0.0, 5.0]]
+
+  References:
+    Prieto et al., Grokking at the edge of numerical stability, ICLR 2025, arXiv 2501.04697;
+    `use_orthogonal_grad` of `HinaAdaptive`.
+  """
+  _checks.choice("include_vectors", include_vectors, (False, True))
+
+  def init(params: Any) -> OrthogonalizeToParamsState:
+    _leaves.check_floating(params, "params")
+    return OrthogonalizeToParamsState()
+
+  def project(leaf, g, read, trees, scalars):
+    del leaf, trees, scalars
+    return (_orthogonal(g, read[0]) if include_vectors or g.ndim >= 2 else g), (), ()
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    _leaves.require_params(params, "orthogonalize_to_params")
+    return _leaves.visit(project, updates, read=(params,)).updates, state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:
+  along = _numerics.safe_divide(
+    _numerics.inner_product(w, g), _numerics.inner_product(w, w) + _TINY
+  )
+  rest = g - along * w
+  size, left = _numerics.norm(g), _numerics.norm(rest)
+  scale = jnp.where(left > _NOISE * size, _numerics.safe_divide(size, left + _TINY), 0)
+  usable = (size > _TINY) & (_numerics.norm(w) > _TINY) & jnp.isfinite(size)
+  return jnp.where(usable, rest * scale, g)

@@ -1,0 +1,178 @@
+"""The registry: one entry for every transformation, in every form; it feeds every property test."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import hina_optax as ho
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One way to build one transformation.
+
+  Attributes:
+    name: of the case.
+    make: builds the transformation from nothing.
+    kind: "regularizer", "core", "modulator", "decay" or "alias".
+    identity: builds it with strength 0 (or what switches it off); `None` where nothing does.
+    factory: for `inject_hyperparams`: called with `kwargs`; `None` where an argument is a
+      transformation.
+    kwargs: arguments of `factory`.
+    reads_params: whether `update` needs `params`.
+    scale_free: whether scaling the gradient scales the update and changes nothing else.
+    converges: learning rate and steps with which it minimises a parabola; `None` where it does not
+      by itself (a regularizer of the loss moves the minimum).
+  """
+
+  name: str
+  make: Callable[[], optax.GradientTransformationExtraArgs]
+  kind: str
+  identity: Callable[[], optax.GradientTransformationExtraArgs] | None = None
+  factory: Callable[..., Any] | None = None
+  kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  reads_params: bool = False
+  scale_free: bool = False
+  converges: bool = True
+
+  def __str__(self) -> str:
+    return self.name
+
+
+def _part(name: str, kind: str, factory: Callable[..., Any], off: dict[str, Any] | None = None,
+          label: str = "", *, reads_params: bool = False, scale_free: bool = False,
+          converges: bool = True, **kwargs: Any) -> Case:
+  return Case(
+    name=f"{name}-{label}" if label else name,
+    make=functools.partial(factory, **kwargs),
+    kind=kind,
+    identity=None if off is None else functools.partial(factory, **{**kwargs, **off}),
+    factory=factory,
+    kwargs=kwargs,
+    reads_params=reads_params,
+    scale_free=scale_free,
+    converges=converges,
+  )
+
+
+def _wrapper(name: str, factory: Callable[..., Any], off: dict[str, Any] | None = None,
+             label: str = "", inner: Callable[[], Any] = ho.scale_by_hina,
+             **options: Any) -> Case:
+  flags = {k: options.pop(k) for k in ("reads_params", "scale_free", "converges") if k in options}
+
+  def make(**changed: Any) -> optax.GradientTransformationExtraArgs:
+    return factory(inner(), **{**options, **changed})
+
+  return Case(
+    name=f"{name}-{label}" if label else name, make=make, kind="modulator",
+    identity=None if off is None else functools.partial(make, **off), **flags,
+  )
+
+
+def _momentum() -> optax.GradientTransformation:
+  return optax.ema(0.9)
+
+
+REGULARIZERS = (
+  _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0},
+        scale_free=True, strength=0.5, threshold=0.3),
+  _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0}, "absolute",
+        strength=0.5, threshold=0.3, relative=False, border="zero"),
+  _part("suppress_high_frequency", "regularizer", ho.suppress_high_frequency, {"strength": 0.0},
+        scale_free=True, strength=0.7),
+  _part("suppress_high_frequency", "regularizer", ho.suppress_high_frequency, {"strength": 0.0},
+        "magnitude", strength=0.2, subtract="magnitude", converges=False, scale_free=True),
+  _part("preserve_detail", "regularizer", ho.preserve_detail, {"detail_preservation": 1.0},
+        scale_free=True, detail_preservation=0.3),
+  _part("preserve_detail", "regularizer", ho.preserve_detail, {"detail_preservation": 0.0},
+        "absolute", detail_preservation=0.3, relative=False),
+  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0},
+        scale_free=True, strength=0.8),
+  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0}, "fast",
+        scale_free=True, strength=0.8, mode="fast"),
+  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0},
+        "fast-original", scale_free=True, strength=0.8, mode="fast", unbiased=False, border="zero"),
+  _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0},
+        reads_params=True, strength=0.1, emphasis=1.5, unpaired="nuclear", converges=False),
+  _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0}, "eigenvalues",
+        reads_params=True, strength=0.1, measure="top_eigenvalues", converges=False),
+  _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
+        scale_free=True),
+  _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
+        None, "clip", form="clip"),
+  _part("orthogonalize_to_params", "regularizer", ho.orthogonalize_to_params,
+        reads_params=True, scale_free=True, converges=False),
+)
+
+CORES = (
+  _part("scale_by_hina", "core", ho.scale_by_hina),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque", torque="average"),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-sum", torque="sum"),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-direction", torque="direction"),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "adopt", stability="adopt"),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "max", stability="max"),
+  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-adopt",
+        torque="average", stability="adopt"),
+)
+
+MODULATORS = (
+  _wrapper("cautious", ho.cautious),
+  _wrapper("cautious", ho.cautious, {"factor": 1.0}, "leaf", per="leaf", threshold=0.5),
+  _wrapper("grams", ho.grams),
+  _wrapper("scale_by_sign_agreement", ho.scale_by_sign_agreement, {"bump": 0.0},
+           bump=0.3, min_scale=0.25, max_scale=1.7, warmup_steps=15),
+  _wrapper("scale_by_sign_agreement", ho.scale_by_sign_agreement, {"bump": 0.0}, "gradient",
+           bump=0.3, min_scale=0.25, max_scale=1.7, warmup_steps=15, signal="gradient"),
+  _wrapper("scale_by_importance", ho.scale_by_importance, {"strength": 0.0},
+           reads_params=True, interval=3, decay=0.5),
+  _wrapper("scale_by_importance", ho.scale_by_importance, None, "original", reads_params=True,
+           interval=3, decay=0.5, relative=False),
+  _wrapper("project_to_init", ho.project_to_init, {"strength": 0.0},
+           inner=lambda: optax.sgd(0.1, momentum=0.9), reads_params=True, strength=0.5),
+  _wrapper("project_to_init", ho.project_to_init, None, "original", converges=False,
+           inner=lambda: optax.sgd(0.1, momentum=0.9), reads_params=True, strength=0.5,
+           learning_rate=0.1),
+)
+
+DECAYS = (
+  _part("add_scheduled_weight_decay", "decay", ho.add_scheduled_weight_decay,
+        {"weight_decay": 0.0}, reads_params=True, weight_decay=0.5, transition_steps=5,
+        converges=False),
+  _part("add_scheduled_weight_decay", "decay", ho.add_scheduled_weight_decay, None, "original",
+        reads_params=True, weight_decay=0.5, transition_steps=5, learning_rate=0.1,
+        converges=False),
+)
+
+OFF = {
+  name: False
+  for name in (
+    "use_agr", "use_tam", "use_adopt_stability", "use_cautious", "use_lr_mask",
+    "use_dynamic_adaptation", "use_spd", "background_regularization", "dynamic_weight_decay",
+  )
+}
+EVERYTHING: dict[str, Any] = dict(
+  edge_suppression=True, spatial_awareness=True, background_regularization=True,
+  lora_rank_penalty=True, use_orthogonal_grad=True, relationship_discovery_interval=4,
+)
+
+
+def _alias(label: str, converges: bool = True, **options: Any) -> Case:
+  options = {"learning_rate": 1e-2, **options}
+  return Case(
+    name=f"hina_adaptive-{label}", make=functools.partial(ho.hina_adaptive, **options),
+    kind="alias", factory=ho.hina_adaptive, kwargs=options, reads_params=True, converges=converges,
+  )
+
+
+ALIASES = (
+  _alias("defaults", weight_decay=0.0),
+  _alias("everything", **EVERYTHING, converges=False),
+  _alias("grams-fast", use_cautious=False, use_grams=True, background_regularization_mode="fast",
+         weight_decay=0.0),
+  _alias("compat-everything", **EVERYTHING, sd_scripts_compat=True, converges=False),
+)
+
+CASES = (*REGULARIZERS, *CORES, *MODULATORS, *DECAYS, *ALIASES)

@@ -1,0 +1,11 @@
+"""Strict dtype and rank promotion for every test; warnings are errors (pyproject.toml)."""
+
+import os
+
+# Compiling is most of what the tests do: LLVM's optimizations would double it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,87 @@
+"""The package as a whole: public names, imports, docstrings, direction of dependencies."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import hina_optax as ho
+
+ROOT = pathlib.Path(ho.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+FACTORIES = [
+  n for n in ho.__all__
+  if callable(getattr(ho, n)) and not n[0].isupper() and not n.endswith(("_preset", "_axes"))
+]
+# Lower may not import higher.
+LAYERS = [
+  {"_numerics", "_checks", "_rounding"},
+  {"_leaves"},
+  {"_lora"},
+  {"regularizers", "core", "modulators", "memory"},
+  {"options"},
+  {"_rate_units"},
+  {"alias"},
+  {"info"},
+  {"torch_bridge"},
+]
+
+
+def layer(module):
+  name = module.split(".")[1]
+  return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom):
+      yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module == "hina_optax"
+                  else [node.module])
+    elif isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+
+
+def test_public_names_are_all_and_nothing_else():
+  bound = {n for n in vars(ho) if not n.startswith("_")}
+  modules = {p.stem for p in ROOT.iterdir()} | {"regularizers", "core", "modulators", "memory"}
+  assert bound - modules == set(ho.__all__)
+  assert list(ho.__all__) == sorted(ho.__all__)
+
+
+def test_public_names_are_in_the_readme():
+  readme = (ROOT.parent / "README.md").read_text()
+  assert [n for n in ho.__all__ if f"`{n}" not in readme] == []
+
+
+def test_import_needs_neither_torch_nor_flax():
+  code = "import sys, hina_optax; assert not {'torch', 'flax'} & set(sys.modules)"
+  subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_dependencies_point_one_way_and_nothing_private_is_used(path):
+  relative = path.relative_to(ROOT)
+  for name in imports(path):
+    assert "_src" not in name.split("."), f"{relative} imports {name}"
+    if name.startswith("hina_optax.") and relative.stem != "__init__":
+      own = relative.parts[0].removesuffix(".py")
+      other = name.split(".")[1]
+      mine, theirs = layer(f"hina_optax.{own}"), layer(name)
+      assert own == other or theirs < mine, f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_are_small(path):
+  assert len(path.read_text().splitlines()) <= 320
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_public_docstrings_are_complete(name):
+  doc = getattr(ho, name).__doc__
+  for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
+    assert part in doc, f"{name} lacks {part}"
+  if name != "get_optimization_info":
+    assert "References:" in doc and "..math" in doc.replace(" ", "")
+    assert "bytes" in doc or "without state" in doc or "nothing beside" in doc
