@@ -1,4 +1,4 @@
-"""Checks of arguments that every factory shares. Traced values pass: their value is not known yet."""
+"""Checks of arguments that every factory shares. Traced values pass: they are not known yet."""
 
 import math
 from typing import Any

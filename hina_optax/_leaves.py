@@ -1,4 +1,4 @@
-"""Leaves of a parameter tree: their paths, their spatial axes, and one loop that visits them all."""
+"""Leaves of a parameter tree: their paths, their spatial axes, one loop that visits them all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Leaf(NamedTuple):
   """Where a leaf stands: its path (`"block/dense/kernel"`) and its place in the flattened tree."""
 
   path: str
-  index: int
+  index: int  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 def is_absent(x: Any) -> bool:
@@ -86,7 +86,8 @@ def require_params(params: Any, name: str) -> None:
   """Refuses `params=None` where a transformation reads the parameters."""
   if params is None:
     raise ValueError(
-      f"{name} reads the parameters: call update(updates, state, params), not update(updates, state)."
+      f"{name} reads the parameters: call update(updates, state, params), not "
+      "update(updates, state)."
     )
 
 

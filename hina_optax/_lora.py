@@ -79,9 +79,9 @@ def _raise_unpaired(item: tuple[str, _leaves.Leaf]) -> None:
   kind, place = item
   other = "up" if kind == "down" else "down"
   raise ValueError(
-    f"Leaf '{place.path}' is named as the {kind} factor of a LoRA pair, but the tree has no {other} "
-    "factor beside it. Add it, rename the leaf, or give lora_pattern a regular expression with the "
-    "groups 'down' and 'up' that fits your names."
+    f"Leaf '{place.path}' is named as the {kind} factor of a LoRA pair, but the tree has no "
+    f"{other} factor beside it. Add it, rename the leaf, or give lora_pattern a regular expression "
+    "with the groups 'down' and 'up' that fits your names."
   )
 
 
@@ -102,21 +102,18 @@ def _masked_away(head: str, places, leaves, pattern: re.Pattern[str]) -> bool:
 
 def _make_pair(down_place, up_place, down: Any, up: Any) -> Pair:
   layouts = _flax_layout(down.shape, up.shape), _torch_layout(down.shape, up.shape)
-  ranks = [down.shape[_axis(x[0])] if x else None for x in layouts]
+  fitting = [(i, x, int(down.shape[_axis(x[0])])) for i, x in enumerate(layouts) if x]
   # Both may fit when sides are equal: a rank is the smaller one, and on a tie down/up and A/B are
   # PyTorch's spellings, a/b Flax's.
   torch_spelling = not re.search(r"lora_a(?![A-Za-z0-9_])", down_place.path)
-  order = sorted(
-    (i for i in (0, 1) if layouts[i]), key=lambda i: (ranks[i], i != int(torch_spelling))
-  )
-  if not order:
+  if not fitting:
     raise ValueError(
       f"LoRA factors '{down_place.path}' {tuple(down.shape)} and '{up_place.path}' "
-      f"{tuple(up.shape)} share no rank: expected (..., in, rank) with (..., rank, out) as in Flax, "
-      "or (rank, in, ...) with (out, rank, ...) as in PyTorch."
+      f"{tuple(up.shape)} share no rank: expected (..., in, rank) with (..., rank, out) as in "
+      "Flax, or (rank, in, ...) with (out, rank, ...) as in PyTorch."
     )
-  chosen = layouts[order[0]]
-  return Pair(down_place.index, up_place.index, *chosen, int(ranks[order[0]]))
+  _, (first, second), rank = min(fitting, key=lambda f: (f[2], f[0] != int(torch_spelling)))
+  return Pair(down_place.index, up_place.index, first, second, rank)
 
 
 def _axis(layout: Layout) -> int:

@@ -1,4 +1,4 @@
-"""Options of `hina_adaptive`: their names, their ranges, what was removed, and the guide's presets."""
+"""Options of `hina_adaptive`: names, ranges, what was removed, and the guide's presets."""
 
 import dataclasses
 import difflib
@@ -119,8 +119,8 @@ class HinaOptions:
       _checks.fraction("edge_threshold", self.edge_threshold)
       if self.use_grams and self.use_cautious:
         raise ValueError(
-          "use_grams gives every update the sign of its gradient, which leaves use_cautious nothing "
-          "to mask. Set one of use_grams and use_cautious to False."
+          "use_grams gives every update the sign of its gradient, which leaves use_cautious "
+          "nothing to mask. Set one of use_grams and use_cautious to False."
         )
       if self.use_lr_mask and not callable(self.learning_rate):
         if self.max_lr is not None:
@@ -136,7 +136,8 @@ class HinaOptions:
 
 
 _RANGES: tuple[tuple[Callable[[str, Any], None], tuple[str, ...]], ...] = (
-  (functools.partial(_checks.number, open_low=True), ("eps", "reference_lr", "wd_transition_steps")),
+  (functools.partial(_checks.number, open_low=True),
+   ("eps", "reference_lr", "wd_transition_steps")),
   (_checks.number, (
     "weight_decay", "edge_penalty", "edge_threshold", "frequency_penalty", "rank_penalty_strength",
     "lr_bump", "min_lr", "max_lr", "adaptation_strength",
@@ -174,7 +175,8 @@ def raise_unknown_option(name: str, known: tuple[str, ...]) -> None:
   """
   if any(word in name for word in _REMOVED_WORDS):
     raise ValueError(f"{name}: {_REPLACEMENT}")
-  near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, known, n=1)
+  near = difflib.get_close_matches(name, known, n=1)
+  near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else near
   hint = f" Did you mean '{near[0]}'?" if near else " See help(hina_optax.hina_adaptive)."
   raise ValueError(f"hina_adaptive has no option '{name}'.{hint}")
 

@@ -141,7 +141,7 @@ def test_integer_leaves_are_named(case):
 def test_integer_updates_are_named():
   tx = ho.suppress_edges()
   state = tx.init({"w": jnp.zeros((3, 3))})
-  with pytest.raises(TypeError, match="'w'.*int32"):
+  with pytest.raises(TypeError, match=r"'w'.*int32"):
     tx.update({"w": jnp.zeros((3, 3), jnp.int32)}, state)
 
 

@@ -33,8 +33,10 @@ def test_features_and_figures_with_everything_on():
   figures = info["figures"]
   assert set(figures) == ALL_FIGURES
   assert figures["step"] == 3
-  assert 0 < figures["edge_share"] < 1 and 0 <= figures["background_share"] <= 1
-  assert 0 <= figures["alignment"] <= 1 and -1 <= figures["torque"] <= 1
+  assert 0 < figures["edge_share"] < 1
+  assert 0 <= figures["background_share"] <= 1
+  assert 0 <= figures["alignment"] <= 1
+  assert -1 <= figures["torque"] <= 1
   assert 0.8 < figures["mean_rate_scale"] < 1.2
   assert info["memory_optimization"]["vram_budget_gb"] == 8.0
   assert info["options"]["lr_bump"] == 5e-4
@@ -43,7 +45,8 @@ def test_features_and_figures_with_everything_on():
 def test_nothing_on_has_no_features():
   tx = ho.hina_adaptive(1e-2, **OFF)
   info = ho.get_optimization_info(trained(tx), tx)
-  assert info["features"] == [] and set(info["figures"]) == {"step"}
+  assert info["features"] == []
+  assert set(info["figures"]) == {"step"}
 
 
 def test_state_bytes_are_those_of_the_arrays():
@@ -88,7 +91,8 @@ def test_reads_the_state_inside_of_wrappers(wrap):
   params = {"w": jnp.ones((6, 5)), "b": jnp.ones(4)}
   state = trained(wrap(tx, params))
   info = ho.get_optimization_info(state, tx)
-  assert "edge_suppression" in info["features"] and info["figures"]["step"] >= 1
+  assert "edge_suppression" in info["features"]
+  assert info["figures"]["step"] >= 1
 
 
 def test_does_not_compile_again():

@@ -73,7 +73,8 @@ def test_every_option_changes_something():
 def test_presets_are_options_that_can_be_changed(preset):
   options = preset()
   assert set(options) <= set(inspect.signature(ho.hina_adaptive).parameters)
-  assert preset(learning_rate=0.5)["learning_rate"] == 0.5 and preset()["learning_rate"] < 1e-3
+  assert preset(learning_rate=0.5)["learning_rate"] == 0.5
+  assert preset()["learning_rate"] < 1e-3
   options["learning_rate"] = 7.0
   assert preset()["learning_rate"] < 1e-3
   ho.hina_adaptive(**preset())

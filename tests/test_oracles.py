@@ -178,15 +178,15 @@ CASES = (
   part("attenuate_background", regularizers.AttenuateBackground, "fast-torch", {"tree": "torch"},
        {"axes": leaves.torch_axes}, spatial_axes=ho.torch_spatial_axes, mode="fast", strength=0.6),
   # The library squares the factors: a rounding of 1e-7 grows by the square of the ratio of the
-  # singular values. The slow rate keeps that ratio where it is, below about 30.
+  # singular values, which this seed and this rate keep below 6.
   *(
     part("add_rank_penalty", regularizers.AddRankPenalty, f"emphasis-{emphasis}",
-         {"tree": "pairs", "rate": -0.001, "seed": 0, "rtol": 1e-4, "atol": 1e-4}, {"pairs": ALL_PAIRS},
+         {"tree": "pairs", "rate": -0.001, "seed": 14, "atol": 3e-6}, {"pairs": ALL_PAIRS},
          emphasis=emphasis, strength=0.3)
     for emphasis in (1.0, 1.2, 1.5)
   ),
   part("add_rank_penalty", regularizers.AddRankPenalty, "more-rank-than-inputs",
-       {"tree": "narrow", "rate": 0.0, "rtol": 1e-4, "atol": 1e-4},
+       {"tree": "narrow", "rate": 0.0, "atol": 3e-6},
        {"pairs": (Pair("lora_a", "lora_b"),)}, emphasis=1.5, strength=0.3),
   # A ratio of 100 makes 1e-7 into 1e-3.
   part("add_rank_penalty", regularizers.AddRankPenalty, "spread",

@@ -83,5 +83,6 @@ def test_public_docstrings_are_complete(name):
   for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
     assert part in doc, f"{name} lacks {part}"
   if name != "get_optimization_info":
-    assert "References:" in doc and "..math" in doc.replace(" ", "")
+    assert "References:" in doc
+    assert "..math" in doc.replace(" ", "")
     assert "bytes" in doc or "without state" in doc or "nothing beside" in doc

@@ -116,4 +116,5 @@ def test_names_and_nesting_do_not_matter(name):
 
 def test_every_recorded_configuration_is_run():
   names = {key.split("/")[0] for key in recorded()[2]}
-  assert names == set(CONFIGS) and len(names) == 24
+  assert names == set(CONFIGS)
+  assert len(names) == 24

@@ -31,7 +31,8 @@ def parabola(dtype=jnp.float32):
   start = jax.tree.map(jnp.ones_like, target)
 
   def loss(p):
-    return sum(jnp.sum(jnp.square(x - y)) for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(target)))
+    differences = jax.tree.map(jnp.subtract, p, target)
+    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(differences))
 
   return start, target, loss
 

@@ -1,4 +1,4 @@
-"""What each part must reduce to: the identity at strength 0, AdamW with everything off, and so on."""
+"""What each part must reduce to: the identity at strength 0, AdamW with everything off, ..."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,8 @@ def test_the_plain_core_is_adam_and_adopt_is_optax_s():
   ]
   for ours, theirs in pairs:
     trees.assert_close(
-      trees.run(ours, params, gradients)[1], trees.run_optax(theirs, params, gradients)[1], 1e-6, 1e-6
+      trees.run(ours, params, gradients)[1], trees.run_optax(theirs, params, gradients)[1],
+      1e-6, 1e-6,
     )
 
 

@@ -23,7 +23,7 @@ class ScaleByHinaState(NamedTuple):
       `None` without `torque`.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   mu: Any
   nu: Any
   torque: jax.Array | None
@@ -58,9 +58,9 @@ def scale_by_hina(
 
   `stability`:
 
-  - `"adopt"`: the second moment and clipping of `optax.contrib.scale_by_adopt`: :math:`g` is divided
-    by :math:`\max(\sqrt{v_{t-1}}, \epsilon)`, clipped to :math:`\pm t^{1/4}` and averaged by
-    `b1`; the first step only fills `v`. There is no bias correction.
+  - `"adopt"`: the second moment and clipping of `optax.contrib.scale_by_adopt`: :math:`g` is
+    divided by :math:`\max(\sqrt{v_{t-1}}, \epsilon)`, clipped to :math:`\pm t^{1/4}` and averaged
+    by `b1`; the first step only fills `v`. There is no bias correction.
   - `"max"`: the PyTorch original: `v` in the denominator becomes :math:`\max(v_t, v_{t-1})`.
 
   Args:
@@ -124,8 +124,8 @@ def scale_by_hina(
 
     def step(leaf, g, read, trees, scalars):
       del leaf, read
-      (mu, nu), a = trees, scalars[0].astype(g.dtype) if scalars else None
-      dtype = g.dtype
+      (mu, nu), dtype = trees, g.dtype
+      a = scalars[0].astype(dtype) if scalars else jnp.zeros([], dtype)
       source, new_nu = (
         normalise(g, nu) if stability == "adopt"
         else (g, _numerics.average(nu, jnp.square(g), b2))
@@ -148,7 +148,8 @@ def scale_by_hina(
       step, updates, trees=(state.mu, state.nu), scalars=(state.torque,) if torque else ()
     )
     new_torque = visited.scalars[0] if torque else None
-    return visited.updates, ScaleByHinaState(count, *visited.trees, new_torque)
+    mu, nu = visited.trees
+    return visited.updates, ScaleByHinaState(count, mu, nu, new_torque)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -17,7 +17,7 @@ class AddScheduledWeightDecayState(NamedTuple):
     count: int32 scalar, steps seen.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 def add_scheduled_weight_decay(

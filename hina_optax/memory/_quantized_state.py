@@ -195,17 +195,18 @@ def _to_blocks(x: jax.Array, scales_shape: tuple[int, ...]) -> jax.Array:
   lead, count = _lead_and_count(scales_shape)
   size = math.prod(x.shape[len(lead):])
   length = math.ceil(size / count)
-  rows = x.reshape(*lead, size)
   if count * length > size:
-    rows = jnp.pad(rows, [(0, 0)] * len(lead) + [(0, count * length - size)])
-  return rows.reshape(*lead, count, length)
+    padding = [(0, 0)] * len(lead) + [(0, count * length - size)]
+    x = jnp.pad(x.reshape(*lead, size), padding)
+  return x.reshape(*lead, count, length)
 
 
 def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   lead = blocks.shape[:-2]
   size = math.prod(shape[len(lead):])
-  rows = blocks.reshape(*lead, blocks.shape[-2] * blocks.shape[-1])
-  return rows[..., :size].reshape(shape)
+  if math.prod(blocks.shape[-2:]) > size:
+    blocks = blocks.reshape(*lead, -1)[..., :size]
+  return blocks.reshape(shape)
 
 
 def _lead_and_count(scales_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

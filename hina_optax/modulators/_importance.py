@@ -34,7 +34,7 @@ class ImportanceState(NamedTuple):
     relation: fp32 vector: compatibility with the related leaf, 0 without one.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   importance: jax.Array
   initial_norm: jax.Array
   relation: jax.Array
@@ -62,8 +62,8 @@ def scale_by_importance(
 
   each divided by its mean over the leaves, and importance is the average of that over visits,
   :math:`I \leftarrow \delta I + (1-\delta) k` from 1. A matrix is related to the most compatible
-  other one (equal sides, correlated first elements), if above the threshold, with compatibility `q`.
-  With :math:`R = I (1 + 0.2\, q)`,
+  other one (equal sides, correlated first elements), if above the threshold, with compatibility
+  `q`. With :math:`R = I (1 + 0.2\, q)`,
 
   .. math::
     f = \operatorname{clip}\left(1 + s\left(\tfrac{R}{\operatorname{mean} R} - 1\right),
@@ -83,7 +83,8 @@ def scale_by_importance(
       a pass over the parameters at each visit.
     relative: `False` is the PyTorch original: absolute terms (`g` the norm), importance in steps of
       1/6553.5, the first relation found instead of the best,
-      :math:`u \leftarrow \operatorname{clip}(\operatorname{clip}(s I, 0.1, 3)(1 + 0.2 q), 0.01, 5)\, u`.
+      :math:`u \leftarrow \operatorname{clip}((1 + 0.2 q) \operatorname{clip}(s I, 0.1, 3), 0.01, 5)
+      \, u`.
       A leaf with small gradients then decays towards a sixth of the learning rate.
 
   Returns:

@@ -20,7 +20,7 @@ class ProjectToInitState(NamedTuple):
       parameter; small numbers, which two bytes hold well.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   inner_state: Any
   displacement: Any
 

@@ -60,7 +60,8 @@ def scale_by_rates(
 
     def scale(leaf, u, read, trees, scalars):
       del scalars
-      product, new_trees, start = jnp.ones([], u.dtype), [], 0
+      new_trees: list[Any] = []
+      product, start = jnp.ones([], u.dtype), 0
       for rule, (values, _) in zip(rules, prepared):
         stop = start + len(rule.per_element)
         factor, new = rule.factor(leaf, u, read[0], trees[start:stop], values)

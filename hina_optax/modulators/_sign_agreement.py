@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _numerics
 from hina_optax._numerics import Scalar
 from hina_optax.modulators._rates import RateRule, scale_by_rates
 
@@ -25,7 +25,7 @@ class SignAgreementState(NamedTuple):
     lattice: fp32 vector (bump, min_scale, max_scale) that `bumps` counts in. 12 bytes.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   bumps: Any
   lattice: jax.Array
 
@@ -126,7 +126,7 @@ def sign_agreement_rule(
 
 def mean_scale(state: SignAgreementState) -> jax.Array:
   """Mean over all elements of the current scale: one pass over the counters."""
-  anchors, step, _ = _anchors(*state.lattice, jnp.float32)
+  anchors, step, _ = _anchors(state.lattice[0], state.lattice[1], state.lattice[2], jnp.float32)
   leaves = [x for x in jax.tree.leaves(state.bumps) if x.size]
   sums = [_numerics.total(_decode(x, anchors, step)) for x in leaves]
   return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)

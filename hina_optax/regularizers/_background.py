@@ -28,7 +28,7 @@ class AttenuateBackgroundState(NamedTuple):
       `background`. Followed in `fast` mode, 4 bytes a leaf.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   background: Any
   background_share: jax.Array
 

@@ -19,7 +19,7 @@ class PreserveDetailState(NamedTuple):
       parameter; an average from zero (`relative`), to be divided by `1 - decay**count`.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   local_variance: Any
 
 
@@ -38,10 +38,10 @@ def preserve_detail(
 
   .. math:: g \leftarrow g \left(p + \frac{1 - p}{1 + R}\right)
 
-  The factor lies in `[p, 1]`: `p = 1` is the identity, `p = 0` halves the gradient at places of mean
-  variance. `R` is relative, so the effect does not depend on the scale of the gradient (differences
-  below about 1e-19 square to zero in fp32 and count as flat). Rows and columns of a dense weight
-  have no true neighbours, latents do.
+  The factor lies in `[p, 1]`: `p = 1` is the identity, `p = 0` halves the gradient at places of
+  mean variance. `R` is relative, so the effect does not depend on the scale of the gradient
+  (differences below about 1e-19 square to zero in fp32 and count as flat). Rows and columns of a
+  dense weight have no true neighbours, latents do.
 
   Args:
     detail_preservation: `p` in [0, 1], the smallest factor.

@@ -48,16 +48,16 @@ def add_rank_penalty(
   Pairs are leaves whose paths differ in one word: `lora_a`/`lora_b`, `lora_down`/`lora_up`,
   `lora_A`/`lora_B`. Flax's `(..., in, rank)`, `(..., rank, out)` and PyTorch's `(rank, in, ...)`,
   `(out, rank, ...)` are told apart by their shapes; windows of convolutions count as inputs and
-  outputs; equal leading axes are layers stacked by a scan. A pair of which one factor is masked away
-  is left alone.
+  outputs; equal leading axes are layers stacked by a scan. A pair of which one factor is masked
+  away is left alone.
 
   Args:
     strength: `s` >= 0, in units of the loss per unit of nuclear norm: the term added to the loss is
       `s * sum(w * sigma)`. It does not follow the scale of the gradient: before an Adam-like core
       only its ratio to the gradient counts. 0 is the identity.
     emphasis: >= 1, dimensionless.
-    unpaired: what happens to other matrices: `"ignore"`, or `"nuclear"`: their own nuclear norm, its
-      gradient `U V^T` by Newton-Schulz (matrix products only; singular values below 1e-4 of the
+    unpaired: what happens to other matrices: `"ignore"`, or `"nuclear"`: their own nuclear norm,
+      its gradient `U V^T` by Newton-Schulz (matrix products only; singular values below 1e-4 of the
       Frobenius norm count less).
     lora_pattern: regular expression with the named groups `down` and `up`, for other spellings, for
       example `r"(?P<down>reduce)|(?P<up>expand)"`; the last match in a path counts.
