@@ -1,5 +1,6 @@
 """Leaves of a parameter tree: their paths, their spatial axes, one loop that visits them all."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -231,7 +232,7 @@ def resolve_axes(rule: SpatialAxes | None, path: str, leaf: Any) -> tuple[int, .
   """The axes that `rule` gives for a leaf, counted from the front and checked."""
   axes = (rule or flax_spatial_axes)(path, leaf)
   try:
-    resolved = tuple(int(a) + leaf.ndim * (int(a) < 0) for a in axes)
+    resolved = tuple(operator.index(a) + leaf.ndim * (operator.index(a) < 0) for a in axes)
   except TypeError as error:
     raise TypeError(
       f"spatial_axes returned {axes!r} for leaf '{path}'; it must return a tuple of axis numbers."

@@ -222,6 +222,7 @@ def _core(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
     torque=("direction" if compat else "average") if o.use_tam else None,
     torque_decay=default_beta if o.tam_beta is None else o.tam_beta,
     stability=("max" if compat else "adopt") if o.use_adopt_stability else None,
+    precise_debias=compat,
   )
 
 

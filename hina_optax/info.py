@@ -136,7 +136,7 @@ def _figures(parts: list[Any]) -> dict[str, float]:
       if value is not None:
         collected.setdefault(name, []).append(float(value))
   figures = {name: float(np.mean(values)) for name, values in collected.items()}
-  steps = [int(np.max(part.count)) for part in parts if hasattr(part, "count")]
+  steps = [int(np.max(part.count)) for part in parts if "count" in part._fields]
   return ({"step": max(steps)} if steps else {}) | figures
 
 

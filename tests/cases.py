@@ -76,6 +76,10 @@ def _momentum() -> optax.GradientTransformation:
   return optax.ema(0.9)
 
 
+def _descent() -> optax.GradientTransformationExtraArgs:
+  return optax.chain(ho.scale_by_hina(), optax.scale_by_learning_rate(0.05))
+
+
 REGULARIZERS = (
   _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0},
         scale_free=True, strength=0.5, threshold=0.3),
@@ -131,10 +135,9 @@ MODULATORS = (
   _wrapper("scale_by_importance", ho.scale_by_importance, None, "original", reads_params=True,
            interval=3, decay=0.5, relative=False),
   _wrapper("project_to_init", ho.project_to_init, {"strength": 0.0},
-           inner=lambda: optax.sgd(0.1, momentum=0.9), reads_params=True, strength=0.5),
+           inner=_descent, reads_params=True, strength=0.5),
   _wrapper("project_to_init", ho.project_to_init, None, "original", converges=False,
-           inner=lambda: optax.sgd(0.1, momentum=0.9), reads_params=True, strength=0.5,
-           learning_rate=0.1),
+           inner=_descent, reads_params=True, strength=0.5, learning_rate=0.05),
 )
 
 DECAYS = (

@@ -149,7 +149,7 @@ def test_integer_updates_are_named():
   ("rule", "error", "words"),
   [(lambda p, x: (0, 5), ValueError, "'bias'|'attn/lora_a'"),
    (lambda p, x: (0, 0), ValueError, "distinct"),
-   (lambda p, x: "ab", (ValueError, TypeError), ""),
+   (lambda p, x: "ab", TypeError, "tuple of axis numbers"),
    (lambda p, x: None, TypeError, "tuple of axis numbers")],
 )
 def test_a_wrong_spatial_axes_rule_is_named(rule, error, words):
@@ -158,9 +158,10 @@ def test_a_wrong_spatial_axes_rule_is_named(rule, error, words):
 
 
 def test_spatial_axes_under_inject_hyperparams_says_static_args():
+  # optax takes a function for a schedule: it calls it with the step and makes an array of it.
   injected = optax.inject_hyperparams(ho.suppress_edges)
   with pytest.raises(ValueError, match="static_args"):
-    injected(spatial_axes=lambda p, x: ()).init(trees.mixed())
+    injected(spatial_axes=lambda path, leaf=None: ()).init(trees.mixed())
   rule = lambda p, x: ()  # noqa: E731
   tx = optax.inject_hyperparams(ho.suppress_edges, static_args="spatial_axes")(spatial_axes=rule)
   tx.init(trees.mixed())
@@ -225,8 +226,7 @@ def test_a_bad_element_stays_where_it_is(case):
       where = f"step {step} {jax.tree_util.keystr(path)}"
       assert np.isfinite(np.asarray(x))[np.isfinite(np.asarray(y))].all(), where
       assert not np.isnan(np.asarray(x))[~np.isnan(np.asarray(y))].any(), where
-  if not case.name.startswith("project"):  # which wraps an optimizer of optax here
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+  assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
 
 
 @every_case

@@ -83,9 +83,9 @@ def test_trains_an_nnx_model(wrt):
   assert losses[-1] < 0.9 * losses[0]
   moved = float(jnp.abs(model.dense.kernel.value - before.dense.kernel.value).max())
   assert (moved == 0) == (wrt is nnx.LoRAParam)
-  info = ho.get_optimization_info(nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]) \
-    if False else None
-  assert info is None
+  info = ho.get_optimization_info(optimizer.opt_state)
+  assert info["figures"]["step"] == 60
+  assert {"lora_rank_penalty", "edge_suppression"} <= set(info["features"])
 
 
 def test_finds_the_pairs_of_an_nnx_model_on_both_of_its_trees():

@@ -18,7 +18,7 @@ ALL_FIGURES = {
 
 def trained(tx, steps=3):
   params = {"w": jnp.ones((6, 5)), "b": jnp.ones(4)}
-  _, _, state = trees.run(tx, params, trees.sequence(params, steps))
+  _, _, state = trees.run_optax(tx, params, trees.sequence(params, steps))
   return state
 
 

@@ -37,6 +37,7 @@ def scale_by_hina(
   torque: str | None = None,
   torque_decay: Scalar = 0.9,
   stability: str | None = None,
+  precise_debias: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam's direction, with torque-aware momentum and a steadier second moment if asked for.
 
@@ -72,6 +73,9 @@ def scale_by_hina(
       for the first thousand steps: it then only halves the learning rate.
     stability: `None`, `"adopt"` or `"max"`.
 
+    precise_debias: :math:`1-\beta^t` to fp32 precision, as PyTorch has it, for `b1` and `b2` that are
+      Python numbers. `False` is optax's arithmetic, whose first steps are 6e-6 off.
+
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ScaleByHinaState`: 8 bytes a parameter,
     whatever the dtype of the parameters, and 4 a leaf with `torque`.
@@ -100,9 +104,7 @@ def scale_by_hina(
   _checks.number("eps", eps, open_low=True)
   _checks.choice("torque", torque, (None, "average", "sum", "direction"))
   _checks.choice("stability", stability, (None, "adopt", "max"))
-  adopt = optax.contrib.scale_by_adopt(
-    b1=0.0, b2=b2, eps=eps, clip_value_fn=lambda count: count.astype(jnp.float32) ** 0.25
-  )
+  _checks.flag("precise_debias", precise_debias)
 
   def init(params: Any) -> ScaleByHinaState:
     return ScaleByHinaState(
@@ -118,6 +120,9 @@ def scale_by_hina(
 
     def normalise(g, nu):
       # optax's ADOPT without its momentum, which would be a copy of ours.
+      adopt = optax.contrib.scale_by_adopt(
+        b1=0.0, b2=b2, eps=eps, clip_value_fn=lambda count: count.astype(g.dtype) ** 0.25
+      )
       old = optax.ScaleByAdamState(count=state.count, mu=jnp.zeros_like(g), nu=nu)
       scaled, new = adopt.update(g, old)
       return scaled, new.nu
@@ -138,7 +143,8 @@ def scale_by_hina(
       u = new_mu
       if stability != "adopt":
         shown = jnp.maximum(nu, new_nu) if stability == "max" else new_nu
-        u = _adam_direction(u, shown, eps, (b1, b2), None if torque == "sum" else count)
+        seen = None if torque == "sum" else count
+        u = _adam_direction(u, shown, eps, (b1, b2), seen, precise_debias)
       if torque == "direction":
         a = _numerics.average(a, _numerics.cosine(new_mu, g), torque_decay)
         u = u * ((1 + a) / 2)
@@ -155,10 +161,11 @@ def scale_by_hina(
 
 
 def _adam_direction(
-  mu: jax.Array, nu: jax.Array, eps: Scalar, betas: tuple[Scalar, Scalar], count: jax.Array | None
+  mu: jax.Array, nu: jax.Array, eps: Scalar, betas: tuple[Scalar, Scalar], count: jax.Array | None,
+  precise: bool,
 ) -> jax.Array:
   """`mu / (sqrt(nu) + eps)`, both corrected for their start from zero unless `count` is `None`."""
   if count is None:
     return mu / (jnp.sqrt(nu) + _numerics.scalar(eps, mu.dtype))
-  first, second = (_numerics.debias(b, count, mu.dtype) for b in betas)
+  first, second = (_numerics.debias(b, count, mu.dtype, precise) for b in betas)
   return (mu / first) / (jnp.sqrt(nu / second) + _numerics.scalar(eps, mu.dtype))

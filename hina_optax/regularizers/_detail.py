@@ -40,8 +40,8 @@ def preserve_detail(
 
   The factor lies in `[p, 1]`: `p = 1` is the identity, `p = 0` halves the gradient at places of
   mean variance. `R` is relative, so the effect does not depend on the scale of the gradient
-  (differences below about 1e-19 square to zero in fp32 and count as flat). Rows and columns of a
-  dense weight have no true neighbours, latents do.
+  (fp32 squares carry it from about 1e-19 to 1e18; outside of that a leaf counts as flat). Rows and
+  columns of a dense weight have no true neighbours, latents do.
 
   Args:
     detail_preservation: `p` in [0, 1], the smallest factor.
@@ -111,4 +111,6 @@ def preserve_detail(
 
 def _relative_variance(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   variance = _numerics.squared_differences(g, axes)
-  return variance * _numerics.reciprocal(_numerics.mean(variance))
+  scale = _numerics.reciprocal(_numerics.mean(variance))
+  # Squares that overflow count as flat: infinity times 0 would be NaN.
+  return jnp.where(scale > 0, variance * scale, 0)

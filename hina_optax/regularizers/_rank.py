@@ -182,7 +182,8 @@ def _pair_kernels(
   """Rank x rank matrices that turn each factor into its gradient.
 
   With `T` the square root of `A A^T` and `T (B^T B) T = Q S^2 Q^T`, the singular values of `B A`
-  are `S`, and the gradients of `sum(w S)` are `B (T Q w/S Q^T T)` and `(T^-1 Q w S Q^T T^-1) A`.
+  are `S`, and the gradients of `sum(w S)` are `B (T Q w/S Q^T T)` and `(B^T B T Q w/S Q^T T^-1) A`,
+  with the pseudo-inverse where `A A^T` is singular (more rank than inputs).
   """
   down_size, up_size = _sizes(down), _sizes(up)
   down, up = down * _numerics.reciprocal(down_size), up * _numerics.reciprocal(up_size)
@@ -193,10 +194,11 @@ def _pair_kernels(
   values, vectors = jnp.linalg.eigh(_product(left, up, left))
   sigma, sigma_inverse = _root(values)
   weight = _weights(sigma, emphasis)
-  for_up = _product(left, vectors) * jnp.sqrt(weight * sigma_inverse)[:, None, :]
-  for_down = _product(left_inverse, vectors) * jnp.sqrt(weight * sigma)[:, None, :]
+  turned = _product(left, vectors) * (weight * sigma_inverse)[:, None, :]
+  back = jnp.swapaxes(vectors, -1, -2)
   ratio = jnp.sqrt(down_size * _numerics.reciprocal(up_size))
-  return _gram(for_down) * _numerics.reciprocal(ratio), _gram(for_up) * ratio
+  for_down = _product(up, turned, back, left_inverse)
+  return for_down * _numerics.reciprocal(ratio), _product(turned, back, left) * ratio
 
 
 def _sizes(gram: jax.Array) -> jax.Array:
