@@ -81,7 +81,10 @@ def rule(name: str, value: Any) -> None:
   """Refuses what is neither `None` nor callable."""
   structural(name, value)
   if value is not None and not callable(value):
-    raise TypeError(f"{name} must be None or a function, got {value!r}.")
+    raise TypeError(
+      f"{name} must be None or a function, got {value!r}. optax.inject_hyperparams takes functions "
+      f"for schedules and calls them: there, name it in static_args=('{name}',)."
+    )
 
 
 def _is_real_scalar(value: Any) -> bool:

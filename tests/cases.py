@@ -103,8 +103,9 @@ REGULARIZERS = (
         reads_params=True, strength=0.1, emphasis=1.5, unpaired="nuclear", converges=False),
   _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0}, "eigenvalues",
         reads_params=True, strength=0.1, measure="top_eigenvalues", converges=False),
+  # AGR takes a gradient that stands in one element for its whole share: there it stops.
   _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
-        scale_free=True),
+        scale_free=True, converges=False),
   _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
         None, "clip", form="clip"),
   _part("orthogonalize_to_params", "regularizer", ho.orthogonalize_to_params,

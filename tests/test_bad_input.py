@@ -158,9 +158,8 @@ def test_a_wrong_spatial_axes_rule_is_named(rule, error, words):
 
 
 def test_spatial_axes_under_inject_hyperparams_says_static_args():
-  # optax takes a function for a schedule: it calls it with the step and makes an array of it.
   injected = optax.inject_hyperparams(ho.suppress_edges)
-  with pytest.raises(ValueError, match="static_args"):
+  with pytest.raises(TypeError, match="static_args"):
     injected(spatial_axes=lambda path, leaf=None: ()).init(trees.mixed())
   rule = lambda p, x: ()  # noqa: E731
   tx = optax.inject_hyperparams(ho.suppress_edges, static_args="spatial_axes")(spatial_axes=rule)

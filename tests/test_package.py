@@ -2,9 +2,11 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import hina_optax as ho
@@ -53,6 +55,15 @@ def test_public_names_are_all_and_nothing_else():
 def test_public_names_are_in_the_readme():
   readme = (ROOT.parent / "README.md").read_text()
   assert [n for n in ho.__all__ if f"`{n}" not in readme] == []
+
+
+def test_the_readme_s_quick_start_runs():
+  readme = (ROOT.parent / "README.md").read_text()
+  start, chain = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:2]
+  with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix dtypes
+    scope: dict = {}
+    exec(start + chain, scope)
+  assert scope["tx"].init(scope["params"])
 
 
 def test_import_needs_neither_torch_nor_flax():

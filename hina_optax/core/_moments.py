@@ -72,8 +72,7 @@ def scale_by_hina(
     torque_decay: :math:`\gamma` in [0, 1). The original's 0.999 makes `d` close to a constant 0.5
       for the first thousand steps: it then only halves the learning rate.
     stability: `None`, `"adopt"` or `"max"`.
-
-    precise_debias: :math:`1-\beta^t` to fp32 precision, as PyTorch has it, for `b1` and `b2` that are
+    precise_debias: :math:`1-\beta^t` to fp32 precision, as PyTorch has it, where `b1` and `b2` are
       Python numbers. `False` is optax's arithmetic, whose first steps are 6e-6 off.
 
   Returns:

@@ -82,7 +82,7 @@ def scale_by_importance(
     intrinsic_importance: `"full"` as above, or `"estimated"`: the constant 0.5 for `i`, which saves
       a pass over the parameters at each visit.
     relative: `False` is the PyTorch original: absolute terms (`g` the norm), importance in steps of
-      1/6553.5, the first relation found instead of the best,
+      1/6553.5, the first relation found, in the order of the leaves, instead of the best,
       :math:`u \leftarrow \operatorname{clip}((1 + 0.2 q) \operatorname{clip}(s I, 0.1, 3), 0.01, 5)
       \, u`.
       A leaf with small gradients then decays towards a sixth of the learning rate.

@@ -24,6 +24,9 @@ def adaptive_gradient_regularization(
   expect nothing of it on large matrices. An all-zero gradient (a LoRA factor at the first step)
   stays zero. Place it before both moments. The effect does not depend on the gradient's scale.
 
+  On small leaves it is harsh: an element that is the only one with a gradient loses all of it, and
+  training stops there. A leaf of one element, whose share is always 1, passes for that reason.
+
   Args:
     form: `"coefficient"` (the paper's), or `"clip"`: what the PyTorch original calls AGR, a clip of
       each leaf to Euclidean norm 1 (in units of the gradient).
@@ -54,7 +57,9 @@ def adaptive_gradient_regularization(
 
   def shrink(leaf, g, read, trees, scalars):
     del leaf, read, trees, scalars
-    return g * _coefficient(g, form), (), ()
+    # The paper's formula would keep a scalar parameter from ever moving.
+    alone = form == "coefficient" and g.size == 1
+    return g if alone else g * _coefficient(g, form), (), ()
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args

@@ -208,13 +208,13 @@ class AddRankPenalty(leaves.Stateless):
 
 
 class AdaptiveGradientRegularization(leaves.Stateless):
-  """`g (1 - |g| / sum|g|)`."""
+  """`g (1 - |g| / sum|g|)`, but for leaves of one element."""
 
   def update(self, g, params):
     updates = {}
     for path, x in g.items():
       whole = np.sum(np.abs(x))
-      updates[path] = x * (1 - np.abs(x) / whole) if whole > 0 else x
+      updates[path] = x * (1 - np.abs(x) / whole) if whole > 0 and x.size > 1 else x
     return updates
 
 
