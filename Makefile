@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/train_latent_diffusion.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,7 +3,14 @@
 from hina_optax._leaves import flax_spatial_axes, torch_spatial_axes
 from hina_optax.alias import HinaTransformation, hina_adaptive
 from hina_optax.core import add_scheduled_weight_decay, scale_by_hina
-from hina_optax.info import get_optimization_info
+from hina_optax.info import get_memory_stats, get_optimization_info
+from hina_optax.memory import (
+  MemoryPlan,
+  with_host_offload,
+  with_quantized_state,
+  with_rounded_updates,
+  with_state_dtype,
+)
 from hina_optax.modulators import (
   cautious,
   grams,
@@ -18,6 +25,7 @@ from hina_optax.options import (
   lora_preset,
   quick_preset,
 )
+from hina_optax.planning import optimize_for_vram, plan_memory
 from hina_optax.regularizers import (
   adaptive_gradient_regularization,
   add_rank_penalty,
@@ -33,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
   "HinaOptions",
   "HinaTransformation",
+  "MemoryPlan",
   "adaptive_gradient_regularization",
   "add_rank_penalty",
   "add_scheduled_weight_decay",
@@ -40,12 +49,15 @@ __all__ = [
   "cautious",
   "extreme_memory_preset",
   "flax_spatial_axes",
+  "get_memory_stats",
   "get_optimization_info",
   "grams",
   "hina_adaptive",
   "large_model_preset",
   "lora_preset",
+  "optimize_for_vram",
   "orthogonalize_to_params",
+  "plan_memory",
   "preserve_detail",
   "project_to_init",
   "quick_preset",
@@ -55,4 +67,8 @@ __all__ = [
   "suppress_edges",
   "suppress_high_frequency",
   "torch_spatial_axes",
+  "with_host_offload",
+  "with_quantized_state",
+  "with_rounded_updates",
+  "with_state_dtype",
 ]

@@ -5,6 +5,7 @@ is computed where it is used, element by element, so it costs no pass over memor
 `jax.random`, and a sharded leaf draws the same noise as an unsharded one.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ def uniform(shape: tuple[int, ...], at: Key) -> Array:
   return (noise(shape, at) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
+# Called outside of jit, one program in place of some twenty.
+@functools.partial(jax.jit, static_argnums=1)
 def round_to(x: Array, dtype: Any, at: Key | None) -> Array:
   """`x` in `dtype` (fp32, bf16 or f16): to the nearest value, or with `at` up or down at random.
 

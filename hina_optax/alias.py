@@ -1,10 +1,20 @@
 """`hina_adaptive`: the guide's optimizer as a chain of the library's parts. No mathematics here."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from hina_optax import _leaves, _rate_units, core, memory, modulators, regularizers
+from hina_optax import (
+  _leaves,
+  _memory_options,
+  _rate_units,
+  core,
+  memory,
+  modulators,
+  regularizers,
+)
 from hina_optax.options import HinaOptions, explain_unknown_options
 
 # Of the original: the product of all learning-rate scales is held between these.
@@ -16,9 +26,12 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
 
   Attributes:
     options: the `HinaOptions`; `get_optimization_info` reads them.
+    decide: `decide(params)` gives the `MemoryPlan` for these shapes, and the transformation with
+      and without it; `plan_memory` and `optimize_for_vram` ask it.
   """
 
   options: HinaOptions
+  decide: Callable[[Any], memory.Decision]
 
 
 @explain_unknown_options
@@ -143,13 +156,18 @@ def hina_adaptive(
     spatial_axes: `f(path, leaf) -> axes`; `None` is `flax_spatial_axes`. Under
       `optax.inject_hyperparams` name it in `static_args`.
     sd_scripts_compat: the PyTorch original's arithmetic, step by step, faults included.
-    memory_efficient: see `get_optimization_info(...)["memory_optimization"]`.
-    vram_budget_gb: memory budget in GB, > 0.
-    reduce_precision: keep state in bf16, rounded stochastically (compat: to nearest).
-    cpu_offload_states: keep state in host memory.
-    max_buffer_memory_mb: most state in MB that is on the device at once with `cpu_offload_states`.
-    adaptive_features: see the guide.
-    emergency_simplify: see the guide.
+    memory_efficient: keep state as `plan_memory` advises for `vram_budget_gb`, or without one for
+      all the memory that the device reports (CPUs report none: nothing changes).
+    vram_budget_gb: memory in GB (2^30 bytes) for parameters, gradients and state, > 0; implies
+      `memory_efficient`. Activations are not in it.
+    reduce_precision: keep all state in bf16, rounded stochastically (compat: to nearest), also
+      where the budget would not need it.
+    cpu_offload_states: keep all state in host memory, also where the budget would not need it.
+    max_buffer_memory_mb: MB of hosted state that are on the device at once; `None`: 128, or the
+      state of the largest parameter.
+    adaptive_features: plan for 80% of the budget; `optimize_for_vram` re-plans a running state.
+    emergency_simplify: where fp32 state needs more than 90% of the budget, switch off features with
+      large state first (background, spatial, learning-rate mask, SPD), with a warning.
 
   Returns:
     A `HinaTransformation`: an `optax.GradientTransformationExtraArgs` with an attribute `options`.
@@ -177,11 +195,23 @@ def hina_adaptive(
   References:
     `HinaAdaptive` of a fork of kohya's sd-scripts; the papers at each part.
   """
-  o = HinaOptions(**locals())
-  chain = optax.chain(
+  return build(HinaOptions(**locals()))
+
+
+def build(o: HinaOptions) -> HinaTransformation:
+  """The transformation that checked options describe."""
+  decided, decide = memory.decided_by_shapes(functools.partial(_memory_options.decide, o, chain_of))
+  chosen = decided if _memory_options.is_planned(o) else chain_of(o)
+  transformation = HinaTransformation(chosen.init, chosen.update)
+  transformation.options, transformation.decide = o, decide
+  return transformation
+
+
+def chain_of(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
+  """The chain of parts, its state in fp32 on the device."""
+  return optax.chain(
     core.upcast_updates(), *_regularizers(o), _optimizer(o), core.cast_updates_to_params()
   )
-  return _with_options(_stored(chain, o), o)
 
 
 def _regularizers(o: HinaOptions) -> list[optax.GradientTransformationExtraArgs]:
@@ -270,22 +300,3 @@ def _optimizer(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
   return modulators.project_to_init(
     steps, o.spd_lambda, learning_rate=o.learning_rate if o.sd_scripts_compat else None
   )
-
-
-def _stored(
-  chain: optax.GradientTransformationExtraArgs, o: HinaOptions
-) -> optax.GradientTransformationExtraArgs:
-  if o.reduce_precision:
-    rounding = "nearest" if o.sd_scripts_compat else "stochastic"
-    chain = memory.with_state_dtype(chain, rounding=rounding)
-  if o.cpu_offload_states:
-    chain = memory.with_host_offload(chain, max_buffer_memory_mb=o.max_buffer_memory_mb)
-  return chain
-
-
-def _with_options(
-  chain: optax.GradientTransformationExtraArgs, o: HinaOptions
-) -> HinaTransformation:
-  transformation = HinaTransformation(chain.init, chain.update)
-  transformation.options = o
-  return transformation

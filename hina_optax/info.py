@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hina_optax import core, modulators, regularizers
+from hina_optax import core, memory, modulators, regularizers
 from hina_optax.options import HinaOptions
 
+_MB = 1 << 20
 _MEMORY_OPTIONS = (
   "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
   "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
@@ -69,8 +70,7 @@ def get_optimization_info(state: Any, optimizer: Any = None) -> dict[str, Any]:
     0
   """
   options = _options(optimizer)
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
-    raise TypeError("get_optimization_info reads values: call it outside of jit, on a real state.")
+  _refuse_traced(state, "get_optimization_info")
   parts = list(_find_parts(state))
   return {
     "features": sorted(_features(parts)),
@@ -80,6 +80,66 @@ def get_optimization_info(state: Any, optimizer: Any = None) -> dict[str, Any]:
     "figures": _figures(parts),
     "options": options,
   }
+
+
+def get_memory_stats(state: Any = None, optimizer: Any = None) -> dict[str, Any]:
+  """Says how much memory is in use, and how much of it is the optimizer's state.
+
+  Where the device reports its memory (GPUs, TPUs) these are its figures; where it does not (CPUs)
+  live arrays are counted, against the memory of the host.
+
+  Args:
+    state: the optimizer's state; `None` leaves `buffer_pool_stats` at 0.
+    optimizer: what `hina_adaptive` returned, a dict of its options, or `None`. Its `vram_budget_gb`
+      is the limit, if it has one.
+
+  Returns:
+    A dict with
+
+    - `memory_pressure`: bytes in use over the limit;
+    - `used_mb`, `limit_mb`, `peak_mb` (`None` where it is not reported), `source` (`"device"` or
+      `"live arrays"`);
+    - `buffer_pool_stats`: `current_memory_mb` (state on the device), `host_memory_mb` (state in
+      host memory), `max_memory_mb` (the option `max_buffer_memory_mb`).
+
+  Raises:
+    TypeError: if `optimizer` is none of the three, or the state is traced.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import hina_optax
+    >>> tx = hina_optax.hina_adaptive(1e-3, vram_budget_gb=8.0)
+    >>> stats = hina_optax.get_memory_stats(tx.init({"w": jnp.ones((64, 64))}), tx)
+    >>> stats["limit_mb"], 0 < stats["memory_pressure"] < 1
+    (8192.0, True)
+
+  References:
+    `get_memory_stats` of `HinaAdaptive`.
+  """
+  options = _options(optimizer)
+  _refuse_traced(state, "get_memory_stats")
+  now = memory.device_memory()
+  budget = options.get("vram_budget_gb")
+  limit = now.limit if budget is None else budget * memory.GB
+  arrays = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+  on_host = sum(x.nbytes for x in arrays if memory.is_on_host(x))
+  return {
+    "memory_pressure": now.used / limit,
+    "used_mb": now.used / _MB,
+    "limit_mb": limit / _MB,
+    "peak_mb": None if now.peak is None else now.peak / _MB,
+    "source": now.source,
+    "buffer_pool_stats": {
+      "current_memory_mb": (sum(x.nbytes for x in arrays) - on_host) / _MB,
+      "host_memory_mb": on_host / _MB,
+      "max_memory_mb": options.get("max_buffer_memory_mb"),
+    },
+  }
+
+
+def _refuse_traced(state: Any, name: str) -> None:
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+    raise TypeError(f"{name} reads values: call it outside of jit, on a real state.")
 
 
 def _options(optimizer: Any) -> dict[str, Any]:
@@ -142,19 +202,26 @@ def _figures(parts: list[Any]) -> dict[str, float]:
 
 def _mean(vector: Any, least: float = -1.0) -> float | None:
   """Mean of the entries above `least`, which marks leaves that a part leaves alone."""
-  values = np.asarray(vector, np.float64)
+  values = np.asarray(_readable(vector), np.float64)
   values = values[values > least]
   return float(values.mean()) if values.size else None
 
 
 @jax.jit
 def _background_share(state: regularizers.AttenuateBackgroundState) -> jax.Array:
-  leaves = [x for x in jax.tree.leaves(state.background) if x.size]
+  leaves = [x for x in jax.tree.leaves(_readable(state.background)) if x.size]
   sums = [jnp.sum(x.astype(jnp.float32)) for x in leaves]
   return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
 
 
-_mean_scale = jax.jit(modulators.mean_scale)
+@jax.jit
+def _mean_scale(state: modulators.SignAgreementState) -> jax.Array:
+  return modulators.mean_scale(_readable(state))
+
+
+def _readable(tree: Any) -> Any:
+  """State out of host memory and out of 8 bits."""
+  return memory.dequantize_state(jax.device_put(tree, jax.memory.Space.Device))
 
 _FIGURES: dict[type, dict[str, Callable[[Any], Any]]] = {
   regularizers.SuppressEdgesState: {"edge_share": lambda s: _mean(s.edge_share)},

@@ -95,6 +95,21 @@ def test_reads_the_state_inside_of_wrappers(wrap):
   assert info["figures"]["step"] >= 1
 
 
+@pytest.mark.parametrize("wrap", [
+  lambda tx: ho.with_state_dtype(tx, min_size=0),
+  lambda tx: ho.with_quantized_state(tx, min_size=1),
+  lambda tx: ho.with_host_offload(ho.with_quantized_state(tx, min_size=1), min_bytes=0),
+], ids=["bf16", "8-bit", "8-bit-on-the-host"])
+def test_reads_stored_state(wrap):
+  tx = ho.hina_adaptive(1e-2, edge_suppression=True)
+  stored = ho.get_optimization_info(trained(wrap(tx)), tx)
+  plain = ho.get_optimization_info(trained(tx), tx)
+  assert stored["features"] == plain["features"]
+  assert stored["figures"].keys() == plain["figures"].keys()
+  for name, value in plain["figures"].items():
+    np.testing.assert_allclose(stored["figures"][name], value, rtol=0.1, atol=0.02, err_msg=name)
+
+
 def test_does_not_compile_again():
   tx = ho.hina_adaptive(1e-2, **EVERYTHING)
   params = {"w": jnp.ones((6, 5))}

@@ -1,6 +1,11 @@
 """Storage wrappers: where and in how many bits any transformation keeps its state."""
 
+from hina_optax.memory._device import DeviceMemory, device_memory, is_on_host, reported_limit
 from hina_optax.memory._host_offload import WithHostOffloadState, with_host_offload
+from hina_optax.memory._moving import open_state, store_state
+from hina_optax.memory._plan import GB, Demands, apply_storage, plan_state, tree_bytes
+from hina_optax.memory._plan_table import MemoryPlan, PlanRow, PlanStep, Storage
+from hina_optax.memory._planned import Decision, decided_by_shapes
 from hina_optax.memory._quantized_state import (
   QuantizedLeaf,
   WithQuantizedStateState,
@@ -11,12 +16,29 @@ from hina_optax.memory._rounded_updates import WithRoundedUpdatesState, with_rou
 from hina_optax.memory._state_dtype import WithStateDtypeState, with_state_dtype
 
 __all__ = [
+  "GB",
+  "Decision",
+  "Demands",
+  "DeviceMemory",
+  "MemoryPlan",
+  "PlanRow",
+  "PlanStep",
   "QuantizedLeaf",
+  "Storage",
   "WithHostOffloadState",
   "WithQuantizedStateState",
   "WithRoundedUpdatesState",
   "WithStateDtypeState",
+  "apply_storage",
+  "decided_by_shapes",
   "dequantize_state",
+  "device_memory",
+  "is_on_host",
+  "open_state",
+  "plan_state",
+  "reported_limit",
+  "store_state",
+  "tree_bytes",
   "with_host_offload",
   "with_quantized_state",
   "with_rounded_updates",

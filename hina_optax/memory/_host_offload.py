@@ -34,7 +34,7 @@ def with_host_offload(
   min_bytes: int | None = None,
   max_buffer_memory_mb: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the state of any transformation in host memory between steps.
+  r"""Keeps the state of any transformation in host memory between steps.
 
   `init` places the chosen leaves of the inner's state in `pinned_host` memory at once, with their
   sharding. `update` copies them to the device, calls the inner and sends the new values back, with
@@ -52,9 +52,26 @@ def with_host_offload(
     `optax.clip_by_global_norm` that follows Adam) waits on the device until then.
   - A window counts the bytes brought; their new values need as much again until they are sent.
 
+  The state that can be on the device at a time, in groups :math:`G_i` of :math:`b_i` bytes, is
+
+  .. math::
+    \sum_{i=k}^{n} b_i \le \max(\text{window}, b_n),
+
+  where group `k` is the first that may still be there when group `n` is brought.
+
+  When `jax.jit` donates the state, let it return what it was given in the same order and nothing of
+  a parameter's shape before: `(params, state)` in, `(params, state)` out, both donated, as a Flax
+  `TrainState` does. JAX pairs donated arrays with results by shape alone, in order, and a result on
+  the device that is paired with a leaf in host memory ends the program. For the same reason do not
+  donate the state alone to a bare `jax.jit(tx.update)`: donate the gradients with it.
+
   Put it outermost: nothing computes with arrays on the host, so what reads the inner's state
   (`with_state_dtype`, `with_quantized_state`, `optax.MultiSteps`) cannot stand outside.
   `with_rounded_updates` can.
+
+  Before the first step of a jitted train step commit the parameters to their device
+  (`jax.device_put(params, device)`), or it is compiled twice: beside arrays on the host JAX returns
+  committed ones.
 
   It costs two copies of the state a step over the bus, often as long as the step itself. For LoRA
   the state is small and so is the gain. GPUs cap pinned memory at 64 GB unless
@@ -103,10 +120,10 @@ def with_host_offload(
   def chosen(paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
     places = [
       i for i, (path, leaf) in enumerate(zip(paths, leaves))
-      if 0 < _nbytes(leaf) >= least and bool(included(path, leaf))
+      if 0 < _nbytes(leaf) >= least and leaf.ndim > 0 and bool(included(path, leaf))
     ]
     for i in places:
-      _check_window(paths[i], _nbytes(leaves[i]), window)
+      check_window(paths[i], _nbytes(leaves[i]), window)
     return places
 
   def init(params: Any) -> WithHostOffloadState:
@@ -115,7 +132,7 @@ def with_host_offload(
     _require_pinned_host([leaves[i] for i in places])
     for i in places:
       leaves[i] = jax.device_put(leaves[i], _HOST)
-    return WithHostOffloadState(structure.unflatten(leaves))
+    return WithHostOffloadState(structure.unflatten(_commit_beside(leaves, places)))
 
   def update(updates, state, params=None, **extra_args):
     paths, leaves, structure = _storage.paths_and_leaves(state.inner_state)
@@ -141,6 +158,26 @@ def with_host_offload(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _commit_beside(leaves: list[Any], places: Sequence[int]) -> list[Any]:
+  """`leaves`, those on the device of the hosted ones bound to it as these are."""
+  # All results of a step with arrays on the host are bound to their device. State that is not, the
+  # first time, would be another program: every step would be compiled twice.
+  found = [_devices(leaves[i]) for i in places]
+  if not found or found[0] is None:
+    return leaves
+  return [
+    jax.device_put(x, x.sharding) if _devices(x) == found[0] and not x.committed else x
+    for x in leaves
+  ]
+
+
+def _devices(leaf: Any) -> set[Any] | None:
+  """The devices of an array; `None` for what is traced or no array."""
+  if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+    return None
+  return leaf.sharding.device_set
+
+
 def _window_bytes(megabytes: Any) -> int | None:
   if megabytes is None:
     return None
@@ -157,7 +194,8 @@ def _nbytes(leaf: Any) -> int:
   return leaf.size * dtype.itemsize
 
 
-def _check_window(path: str, size: int, window: int | None) -> None:
+def check_window(path: str, size: int, window: int | None) -> None:
+  """Refuses a leaf that is larger than the window, in bytes."""
   if window is not None and size > window:
     raise ValueError(
       f"max_buffer_memory_mb is {window / _MB:g}, but state leaf '{path}' alone has "
@@ -168,8 +206,8 @@ def _check_window(path: str, size: int, window: int | None) -> None:
 
 
 def _require_pinned_host(leaves: Sequence[Any]) -> None:
-  concrete = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
-  device = next(iter(concrete[0].sharding.device_set)) if concrete else jax.local_devices()[0]
+  devices = next((d for d in map(_devices, leaves) if d is not None), None)
+  device = next(iter(devices or jax.local_devices()[:1]))
   kinds = [memory.kind for memory in device.addressable_memories()]
   if "pinned_host" not in kinds:
     raise ValueError(

@@ -1,5 +1,6 @@
 """State in one byte a number, in blocks, on a grid that is fine where numbers are small."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,30 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hina_optax import _checks, _rounding
 from hina_optax.memory import _storage
+from hina_optax.memory._storage import QuantizedLeaf
 
 _BLOCK = 256
-_MIN_SIZE = 4096
+MIN_SIZE = 4096
 _PURPOSE = 3
 # A block without negative numbers counts 0..255. Any other counts -126..126, and its three spare
 # codes stand for infinity, minus infinity and NaN.
 _UNSIGNED, _SIGNED = 255.0, 126.0
 _INFINITE, _NAN = 127, -128
-
-
-class QuantizedLeaf(NamedTuple):
-  """A leaf of a state in 8 bits; `dequantize_state` reads it.
-
-  Attributes:
-    codes: uint8, of the leaf's shape.
-    scales: bf16, one number a block, with as many axes as the leaf: leading ones of the leaf, one
-      that counts blocks, ones. Negative where the block has no negative number.
-  """
-
-  codes: jax.Array
-  scales: jax.Array
 
 
 class WithQuantizedStateState(NamedTuple):
@@ -77,6 +67,9 @@ def with_quantized_state(
   row of 320 is one block. Codes keep the leaf's shape and scales its leading axes, so both follow a
   leaf that is sharded over a leading axis. Sharded over the last axis, a leaf stays in place only
   if its blocks fall evenly on the devices; otherwise XLA gathers it in every step.
+
+  Around `with_state_dtype` it reads each number back into the narrower dtype at random, so averages
+  stay right; what is in 8 bits already stays as it is.
 
   `optax.tree.map_params` visits codes and scales one by one; with further trees, pass
   `is_leaf=lambda x: isinstance(x, QuantizedLeaf)` to pair each with its parameter.
@@ -127,7 +120,7 @@ def with_quantized_state(
   _checks.structural("bits", bits)
   _checks.choice("bits", bits, (None, 8))
   length = _storage.structural_number("block", block, _BLOCK, 16)
-  least = _storage.structural_number("min_size", min_size, _MIN_SIZE, 1)
+  least = _storage.structural_number("min_size", min_size, MIN_SIZE, 1)
   included = _storage.path_rule(include)
 
   def chosen(path: str, leaf: Any) -> bool:
@@ -146,8 +139,7 @@ def with_quantized_state(
     )
 
   codec = _storage.Codec(
-    f"8 bits in blocks of {length}", chosen, encode,
-    lambda stored, like: _dequantize(stored, like.dtype), fits,
+    f"8 bits in blocks of {length}", chosen, encode, _decode, fits,
   )
   return _storage.stored_transformation(inner, codec, WithQuantizedStateState, seed, _PURPOSE)
 
@@ -169,6 +161,16 @@ def dequantize_state(state: Any, dtype: Any = jnp.float32) -> Any:
     lambda x: _dequantize(x, dtype) if isinstance(x, QuantizedLeaf) else x,
     state, is_leaf=lambda x: isinstance(x, QuantizedLeaf),
   )
+
+
+def _decode(stored: QuantizedLeaf, like: Any, key: _rounding.Key) -> jax.Array:
+  # A few codes are read again and again: rounding each to the nearest bf16 would bias an average.
+  return _rounding.round_to(_dequantize(stored, jnp.float32), like.dtype, key)
+
+
+def stored_bytes(shape: tuple[int, ...]) -> int:
+  """Bytes of a leaf of `shape` in blocks of the default length."""
+  return math.prod(shape) + 2 * math.prod(_scales_shape(shape, _BLOCK))
 
 
 def _scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
@@ -195,18 +197,44 @@ def _to_blocks(x: jax.Array, scales_shape: tuple[int, ...]) -> jax.Array:
   lead, count = _lead_and_count(scales_shape)
   size = math.prod(x.shape[len(lead):])
   length = math.ceil(size / count)
+  spec = _specification(x)
+  kept, rest = spec[:len(lead)], spec[len(lead):]
   if count * length > size:
     padding = [(0, 0)] * len(lead) + [(0, count * length - size)]
-    x = jnp.pad(x.reshape(*lead, size), padding)
-  return x.reshape(*lead, count, length)
+    x = jnp.pad(_laid_out(x, (*lead, size), (*kept, None)), padding)
+    rest = ()
+  whole = bool(rest) and not any(rest[1:]) and count % _parts(x, rest[0]) == 0
+  return _laid_out(x, (*lead, count, length), (*kept, rest[0] if whole else None, None))
 
 
-def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _from_blocks(blocks: jax.Array, like: jax.Array) -> jax.Array:
+  """The shape and sharding of `like` again."""
   lead = blocks.shape[:-2]
-  size = math.prod(shape[len(lead):])
+  size, spec = math.prod(like.shape[len(lead):]), _specification(blocks)
   if math.prod(blocks.shape[-2:]) > size:
-    blocks = blocks.reshape(*lead, -1)[..., :size]
-  return blocks.reshape(shape)
+    rows = (*lead, math.prod(blocks.shape[-2:]))
+    blocks = _laid_out(blocks, rows, (*spec[:-2], None))[..., :size]
+  return _laid_out(blocks, like.shape, _specification(like))
+
+
+def _specification(x: jax.Array) -> tuple[Any, ...]:
+  """How each axis is sharded, as far as that is part of the type (explicit mesh axes)."""
+  spec = tuple(jax.typeof(x).sharding.spec)
+  return spec + (None,) * (x.ndim - len(spec))
+
+
+def _laid_out(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+  # Where sharding is part of the type, a reshape has to say how its result is sharded.
+  if not any(spec) and not any(_specification(x)):
+    return x.reshape(shape)
+  mesh = jax.typeof(x).sharding.mesh
+  return lax.reshape(x, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _parts(x: jax.Array, axes: Any) -> int:
+  """Over how many devices the mesh axes `axes` of a specification spread."""
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in names if a is not None)
 
 
 def _lead_and_count(scales_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -216,23 +244,35 @@ def _lead_and_count(scales_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int
   return tuple(scales_shape[:axis]), math.prod(scales_shape[axis:])
 
 
+# Traced once for each shape; called outside of jit, one program in place of some fifty.
+@functools.partial(jax.jit, static_argnums=1)
 def _quantize(leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key) -> QuantizedLeaf:
-  x = _to_blocks(leaf.astype(jnp.float32), scales_shape)
+  x = _to_blocks(_rounding.round_to(leaf, jnp.float32, None), scales_shape)
   draw = _to_blocks(_rounding.uniform(leaf.shape, key), scales_shape)
   finite = jnp.isfinite(x)
   size = jnp.where(finite, jnp.abs(x), jnp.zeros_like(x))
   scale = _round_up(jnp.max(size, axis=-1, keepdims=True))
   signed = jnp.any((x < 0) | ~finite, axis=-1, keepdims=True)
   levels = jnp.where(signed, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
-  share = jnp.minimum(size / jnp.where(scale > 0, scale, jnp.ones_like(scale)), 1)
-  code = _nearby_code(share, levels, draw)
+  code = _nearby_code(_share(size, scale), levels, draw)
   # A second moment of 0 under a momentum that is not 0 would divide by eps alone.
-  code = jnp.where(~signed & (size > 0), jnp.maximum(code, 1), code).astype(jnp.int32)
+  positive = ~jnp.any(x < 0, axis=-1, keepdims=True)
+  code = jnp.where(positive & (size > 0), jnp.maximum(code, 1), code).astype(jnp.int32)
   code = jnp.where(jnp.isinf(x), _INFINITE, code)
   code = jnp.where(jnp.isnan(x), _NAN, jnp.where(x < 0, -code, code))
-  codes = _from_blocks((code & 0xFF).astype(jnp.uint8), leaf.shape)
+  codes = _from_blocks((code & 0xFF).astype(jnp.uint8), leaf)
   kept = jnp.where(signed, scale, -scale).astype(jnp.bfloat16)
-  return QuantizedLeaf(codes, kept.reshape(scales_shape))
+  spec = _specification(kept)[:len(scales_shape)]
+  spec += (None,) * (len(scales_shape) - len(spec))
+  return QuantizedLeaf(codes, _laid_out(kept, scales_shape, spec))
+
+
+def _share(size: jax.Array, scale: jax.Array) -> jax.Array:
+  """`size / scale`, at most 1; 0 in a block of zeros."""
+  # XLA may multiply by the reciprocal, which is flushed to 0 where a scale is near the largest.
+  lower = jnp.where(scale > 1, jnp.float32(2.0**-32), jnp.ones_like(scale))
+  divisor = jnp.where(scale > 0, scale * lower, jnp.ones_like(scale))
+  return jnp.minimum(size * lower / divisor, 1)
 
 
 def _nearby_code(share: jax.Array, levels: jax.Array, draw: jax.Array) -> jax.Array:
@@ -243,9 +283,11 @@ def _nearby_code(share: jax.Array, levels: jax.Array, draw: jax.Array) -> jax.Ar
   return low + (draw * (above - below) < share - below).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _dequantize(leaf: QuantizedLeaf, dtype: Any) -> jax.Array:
   code = _to_blocks(leaf.codes.astype(jnp.int32), leaf.scales.shape)
-  scale = leaf.scales.astype(jnp.float32).reshape(*code.shape[:-1], 1)
+  scale = _laid_out(
+    leaf.scales.astype(jnp.float32), (*code.shape[:-1], 1), (*_specification(code)[:-1], None))
   signed = scale >= 0
   code = jnp.where(signed & (code >= 128), code - 256, code)
   levels = jnp.where(signed, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
@@ -254,7 +296,7 @@ def _dequantize(leaf: QuantizedLeaf, dtype: Any) -> jax.Array:
   infinity = jnp.copysign(jnp.float32(np.inf), value)
   value = jnp.where(signed & (jnp.abs(code) == _INFINITE), infinity, value)
   value = jnp.where(signed & (code == _NAN), jnp.float32(np.nan), value)
-  return _from_blocks(value, leaf.codes.shape).astype(dtype)
+  return _from_blocks(value, leaf.codes).astype(dtype)
 
 
 def _eighth_power(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from hina_optax import _checks, _rounding
 from hina_optax.memory import _storage
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_MIN_SIZE = 1024
+MIN_SIZE = 1024
 _PURPOSE = 1
 
 
@@ -54,6 +54,10 @@ def with_state_dtype(
   Integer state, counters, small leaves and leaves that are already as narrow as `dtype` stay as
   they are, the 8 bit form of `with_quantized_state` among them, so the two nest in any order.
   `with_host_offload` must stand outside.
+
+  State that gathers small steps into a precise value, such as the `z` of
+  `optax.contrib.schedule_free`, is no average: leave it out by `include`. A function as `include`
+  is taken for a schedule by `optax.inject_hyperparams`: write a regular expression there.
 
   It does not help where state is small beside parameters and activations (LoRA), and it does not
   make a step faster on CPUs, where conversion costs more than the memory traffic it saves. f16
@@ -99,7 +103,7 @@ def with_state_dtype(
   """
   target = _storage_dtype(dtype)
   _checks.choice("rounding", rounding, ("stochastic", "nearest"))
-  least = _storage.structural_number("min_size", min_size, _MIN_SIZE, 0)
+  least = _storage.structural_number("min_size", min_size, MIN_SIZE, 0)
   included = _storage.path_rule(include)
 
   def chosen(path: str, leaf: Any) -> bool:
@@ -115,7 +119,7 @@ def with_state_dtype(
     return getattr(stored, "dtype", None) == target and stored.shape == like.shape
 
   codec = _storage.Codec(
-    target.name, chosen, encode, lambda stored, like: stored.astype(like.dtype), fits
+    target.name, chosen, encode, lambda stored, like, key: stored.astype(like.dtype), fits
   )
   return _storage.stored_transformation(inner, codec, WithStateDtypeState, seed, _PURPOSE)
 

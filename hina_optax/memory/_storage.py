@@ -6,11 +6,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hina_optax import _checks, _leaves, _rounding
 
+# Added to a wrapper's purpose: the noise with which state is read is not that of writing it.
+_READING = 16
+
 Include = str | re.Pattern[str] | Callable[[str, Any], bool] | None
+
+
+class QuantizedLeaf(NamedTuple):
+  """A leaf of a state in 8 bits; `dequantize_state` reads it.
+
+  Attributes:
+    codes: uint8, of the leaf's shape.
+    scales: bf16, one number a block, with as many axes as the leaf: leading ones of the leaf, one
+      that counts blocks, ones. Negative where the block has no negative number.
+  """
+
+  codes: jax.Array
+  scales: jax.Array
 
 
 class Codec(NamedTuple):
@@ -20,14 +37,14 @@ class Codec(NamedTuple):
     label: the stored form in words, for errors.
     chosen: `(path, leaf) -> bool`, from shape and dtype alone.
     encode: `(leaf, key) -> stored`.
-    decode: `(stored, like) -> leaf`, of the dtype of `like`.
+    decode: `(stored, like, key) -> leaf`, of the dtype of `like`.
     fits: `(stored, like) -> bool`: whether `encode` could have made `stored`.
   """
 
   label: str
   chosen: Callable[[str, Any], bool]
   encode: Callable[[jax.Array, _rounding.Key], Any]
-  decode: Callable[[Any, Any], jax.Array]
+  decode: Callable[[Any, Any, _rounding.Key], jax.Array]
   fits: Callable[[Any, Any], bool]
 
 
@@ -43,7 +60,7 @@ def stored_transformation(
 
   def init(params: Any) -> Any:
     step, word = jnp.zeros([], jnp.int32), _rounding.seed_word(seed)
-    paths, leaves, structure = paths_and_leaves(inner.init(widen(params)))
+    paths, leaves, structure = paths_and_leaves(inner.init(widen(params)), is_quantized)
     key = _rounding.key(word, step, purpose)
     kept = _encode(codec, paths, leaves, leaves, key)
     return make_state(structure.unflatten(kept), step, word)
@@ -52,9 +69,10 @@ def stored_transformation(
     wide, wide_params = widen(updates), widen(params)
     # The stored leaf does not say in which dtype the inner keeps it; its `init` does.
     like = jax.eval_shape(inner.init, wide if params is None else wide_params)
-    paths, likes, structure = paths_and_leaves(like)
+    paths, likes, structure = paths_and_leaves(like, is_quantized)
     kept = _flatten_like(structure, state.inner_state)
-    opened = _decode(codec, paths, likes, kept)
+    key = _rounding.key(state.seed, state.step, purpose + _READING)
+    opened = _decode(codec, paths, likes, kept, key)
     result, inner_state = inner.update(wide, structure.unflatten(opened), wide_params, **extra_args)
     step = jnp.asarray(optax.safe_increment(state.step))
     key = _rounding.key(state.seed, step, purpose)
@@ -102,9 +120,16 @@ def path_rule(include: Include) -> Callable[[str, Any], bool]:
   )
 
 
-def paths_and_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
+def is_quantized(x: Any) -> bool:
+  """True for a leaf in 8 bits: its parts mean nothing one by one, so no wrapper may narrow them."""
+  return isinstance(x, QuantizedLeaf)
+
+
+def paths_and_leaves(
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
   """Paths (`"0/mu/dense/kernel"`), leaves and structure of a state."""
-  pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+  pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return [_leaves.path_string(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
 
 
@@ -139,25 +164,41 @@ def _encode(codec: Codec, paths: list, likes: list, leaves: list, key: _rounding
   return kept
 
 
-def _decode(codec: Codec, paths: list, likes: list, kept: list) -> list:
+def _decode(codec: Codec, paths: list, likes: list, kept: list, key: _rounding.Key) -> list:
   leaves = []
-  for path, like, stored in zip(paths, likes, kept):
+  for index, (path, like, stored) in enumerate(zip(paths, likes, kept)):
     chosen = codec.chosen(path, like)
-    if not (codec.fits(stored, like) if chosen else hasattr(stored, "dtype")):
-      wanted = codec.label if chosen else jnp.dtype(like.dtype).name
+    if not (codec.fits if chosen else _same_form)(stored, like):
+      wanted = f"{codec.label}, shape {list(like.shape)}" if chosen else _describe(like)
       raise ValueError(
-        f"state leaf '{path}' of shape {tuple(like.shape)} is stored as {_describe(stored)}, but "
-        f"these options store it as {wanted}: the state was made with other options or for other "
-        "parameters. Use the options it was made with, or start again from init."
+        f"state leaf '{path}' is stored as {_describe(stored)}, but these options store it as "
+        f"{wanted}: the state was made with other options or for other parameters. Use the options "
+        "it was made with, or start again from init."
       )
     if chosen:
       _refuse_host(path, stored)
-    leaves.append(codec.decode(stored, like) if chosen else stored)
+    leaves.append(codec.decode(stored, like, key.fold(index)) if chosen else stored)
   return leaves
 
 
+def _same_form(stored: Any, like: Any) -> bool:
+  """Whether a leaf that stays as it is can be the one that `like` describes."""
+  structure: Any = jax.tree.structure(stored)
+  if structure != jax.tree.structure(like):
+    return False
+  pairs = zip(jax.tree.leaves(stored), jax.tree.leaves(like))
+  # Only narrower numbers betray another storage; an inner may widen its own state as it runs.
+  return all(
+    not (is_floating(x) and is_floating(y))
+    or (x.shape == y.shape and x.dtype.itemsize >= y.dtype.itemsize)
+    for x, y in pairs
+  )
+
+
 def _describe(stored: Any) -> str:
-  parts = [f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for x in jax.tree.leaves(stored)]
+  parts = [
+    f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}" for x in jax.tree.leaves(stored)
+  ]
   return f"{type(stored).__name__}({', '.join(parts)})" if len(parts) != 1 else parts[0]
 
 

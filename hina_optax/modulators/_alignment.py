@@ -48,7 +48,9 @@ def cautious(
 
   .. math:: u \leftarrow \frac{u\,[u g > 0]}{\max(\operatorname{mean}[u g > 0],\, 10^{-3})}
 
-  On pure noise about 65% of the elements of Adam's direction agree anyway.
+  On pure noise about 65% of the elements of Adam's direction agree anyway. Whole optimizers such as
+  `optax.adamw` give steps that point downhill, against the gradient: of them the wrong elements
+  would be kept, silently. Wrap the core, and put weight decay and learning rate behind it.
 
   Args:
     inner: any optax transformation whose output still points along the gradient (before
