@@ -168,6 +168,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path,
   assert done.returncode == 0, done.stderr
   expected, found = parameters(whole / "runs"), parameters(tmp_path / "runs")
   last = {name for name in expected if f"base/{options.SMOKE['steps']}/" in name}
+  assert last
   assert last <= set(found)
   common = set(expected) & set(found)
   assert all(np.array_equal(expected[name], found[name], equal_nan=True) for name in common)
