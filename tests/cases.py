@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+import pytest
 
 import hina_optax as ho
 
@@ -180,3 +181,9 @@ ALIASES = (
 )
 
 CASES = (*REGULARIZERS, *CORES, *MODULATORS, *DECAYS, *ALIASES)
+# Each costs many compilations of the whole chain; what is its own in it the parts' cases cover.
+RARE = ("hina_adaptive-grams-fast",)
+every_case = pytest.mark.parametrize(
+  "case", [pytest.param(c, marks=[pytest.mark.slow] if c.name in RARE else []) for c in CASES],
+  ids=str,
+)

@@ -8,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES, EVERYTHING
+from cases import CASES, EVERYTHING, every_case
 
 import hina_optax as ho
-
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 WRONG_PARTS = [
   (ho.suppress_edges, dict(strength=-0.1), "strength"),

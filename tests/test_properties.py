@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import ALIASES, CASES, CORES, Case
+from cases import ALIASES, CASES, CORES, Case, every_case
 
 import hina_optax as ho
 
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def as_optimizer(case: Case, learning_rate: float = 0.05):
