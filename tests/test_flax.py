@@ -88,6 +88,50 @@ def test_trains_an_nnx_model(wrt):
   assert {"lora_rank_penalty", "edge_suppression"} <= set(info["features"])
 
 
+class Wide(nnx.Module):
+  def __init__(self, rngs: nnx.Rngs):
+    self.layers = nnx.List([nnx.Linear(128, 128, rngs=rngs) for _ in range(6)])
+
+  def __call__(self, x):
+    for layer in self.layers:
+      x = nnx.relu(layer(x))
+    return x
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_an_nnx_optimizer_keeps_its_state_as_planned(share):
+  """Names and plans must not depend on the variables that nnx puts around every array."""
+  light = dict(background_regularization=False, use_agr=False, use_lr_mask=False)
+  model = Wide(nnx.Rngs(0))
+  params = nnx.state(model, nnx.Param)
+  whole = ho.plan_memory(light, params).device_bytes
+  tx = ho.hina_adaptive(1e-2, **light, vram_budget_gb=share * whole / 2**30)
+  plan = ho.plan_memory(tx, params)
+  assert plan.to_dict() == ho.plan_memory(tx, nnx.as_pure(params)).to_dict()
+  changes = {step.change for step in plan.steps}
+  assert "8-bit" in changes
+  assert ("host memory" in changes) == (share == 0.5)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  x = jnp.ones((2, 128))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+    optimizer.update(model, grads)
+    return loss
+
+  losses = [float(step(model, optimizer)) for _ in range(5)]
+  assert losses[-1] < losses[0]
+  state = jax.tree.leaves(optimizer.opt_state)
+  assert sum(x.nbytes for x in state) == plan.state_bytes
+  on_host = sum(x.nbytes for x in state if x.sharding.memory_kind == "pinned_host")
+  assert on_host == plan.host_bytes
+  assert (on_host > 0) == (share == 0.5)
+  figures = ho.get_optimization_info(optimizer.opt_state, tx)["figures"]
+  assert figures["step"] == 5
+  assert 0 < figures["alignment"] <= 1
+
+
 def test_finds_the_pairs_of_an_nnx_model_on_both_of_its_trees():
   model = NnxModel(nnx.Rngs(0))
   state = nnx.state(model, nnx.LoRAParam)

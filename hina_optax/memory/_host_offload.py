@@ -135,7 +135,7 @@ def with_host_offload(
     return WithHostOffloadState(structure.unflatten(_commit_beside(leaves, places)))
 
   def update(updates, state, params=None, **extra_args):
-    paths, leaves, structure = _storage.paths_and_leaves(state.inner_state)
+    paths, leaves, structure = _storage.paths_and_leaves(_storage.restored(state.inner_state))
     places = chosen(paths, leaves)
 
     def step(hosted: list[jax.Array]) -> tuple[list[jax.Array], Any]:

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from hina_optax import _leaves
-from hina_optax.memory import _plan, _quantized_state, _state_dtype
+from hina_optax.memory import _plan, _quantized_state, _state_dtype, _storage
 from hina_optax.memory._host_offload import WithHostOffloadState
 from hina_optax.memory._plan_table import Storage
 from hina_optax.memory._planned import Decision
-from hina_optax.memory._storage import widen
 
 
 def open_state(decision: Decision, state: Any, params: Any) -> Any:
@@ -34,7 +33,7 @@ def open_state(decision: Decision, state: Any, params: Any) -> Any:
     structure.flatten_up_to(state)
   except (TypeError, ValueError) as error:
     raise ValueError(f"the state is not of this optimizer and these parameters: {error}") from error
-  return state
+  return _storage.restored(state)
 
 
 def store_state(decision: Decision, opened: Any, params: Any) -> Any:
@@ -58,7 +57,7 @@ def store_state(decision: Decision, opened: Any, params: Any) -> Any:
 
 
 def _like(decision: Decision, params: Any) -> Any:
-  return jax.eval_shape(decision.base.init, jax.eval_shape(widen, params))
+  return jax.eval_shape(decision.base.init, jax.eval_shape(_storage.widen, params))
 
 
 def _move(path: str, stored: Any, like: Any, storage: Storage) -> Any:

@@ -117,6 +117,8 @@ def _bytes(x: Any) -> int:
 
 def _group(path: Any) -> tuple[str, str]:
   """The last field of a state on a path, and the path of the parameter behind it."""
+  if path and getattr(path[-1], "name", None) == "value":  # of a variable of flax.nnx
+    path = path[:-1]
   fields = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
   last = fields[-1] if fields else -1
   owner = _leaves.path_string(path[last + 1 :])

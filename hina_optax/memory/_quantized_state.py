@@ -159,7 +159,7 @@ def dequantize_state(state: Any, dtype: Any = jnp.float32) -> Any:
   """
   return jax.tree.map(
     lambda x: _dequantize(x, dtype) if isinstance(x, QuantizedLeaf) else x,
-    state, is_leaf=lambda x: isinstance(x, QuantizedLeaf),
+    _storage.restored(state), is_leaf=lambda x: isinstance(x, QuantizedLeaf),
   )
 
 

@@ -70,7 +70,7 @@ def stored_transformation(
     # The stored leaf does not say in which dtype the inner keeps it; its `init` does.
     like = jax.eval_shape(inner.init, wide if params is None else wide_params)
     paths, likes, structure = paths_and_leaves(like, is_quantized)
-    kept = _flatten_like(structure, state.inner_state)
+    kept = _flatten_like(structure, restored(state.inner_state))
     key = _rounding.key(state.seed, state.step, purpose + _READING)
     opened = _decode(codec, paths, likes, kept, key)
     result, inner_state = inner.update(wide, structure.unflatten(opened), wide_params, **extra_args)
@@ -130,7 +130,25 @@ def paths_and_leaves(
 ) -> tuple[list[str], list[Any], Any]:
   """Paths (`"0/mu/dense/kernel"`), leaves and structure of a state."""
   pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  return [_leaves.path_string(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
+  return [_path(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
+
+
+def _path(keys: Any) -> str:
+  # `flax.nnx` puts a `value` between a parameter and what stands in its place, at `init` alone.
+  if len(keys) > 1 and getattr(keys[-1], "name", None) in QuantizedLeaf._fields:
+    return f"{_leaves.path_string(keys[:-1])}/{keys[-1].name}"
+  return _leaves.path_string(keys)
+
+
+def restored(state: Any) -> Any:
+  """`state` with every `QuantizedLeaf` that `flax.nnx` keeps as a mapping put together again."""
+  def apart(x: Any) -> bool:
+    named = not isinstance(x, tuple) and hasattr(x, "keys") and set(x.keys())
+    return named == set(QuantizedLeaf._fields) and getattr(x["codes"], "dtype", None) == jnp.uint8
+
+  return jax.tree.map(
+    lambda x: QuantizedLeaf(x["codes"], x["scales"]) if apart(x) else x, state, is_leaf=apart
+  )
 
 
 def is_floating(leaf: Any) -> bool:
