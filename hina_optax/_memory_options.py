@@ -15,12 +15,7 @@ Build = Callable[[HinaOptions], optax.GradientTransformationExtraArgs]
 # The guide's: above the first share of the budget re-plan, above the second simplify.
 ADAPT_ABOVE, SIMPLIFY_ABOVE = 0.8, 0.9
 # Features whose state is one number a parameter, the least missed first.
-_OPTIONAL: tuple[tuple[str, dict[str, Any]], ...] = (
-  ("background_regularization", {"background_regularization": False}),
-  ("spatial_awareness", {"spatial_awareness": False}),
-  ("use_lr_mask", {"use_lr_mask": False}),
-  ("use_spd", {"use_spd": False}),
-)
+_OPTIONAL = ("background_regularization", "spatial_awareness", "use_lr_mask", "use_spd")
 
 
 def is_planned(o: HinaOptions) -> bool:
@@ -68,10 +63,12 @@ def _simplified(
   if not o.emergency_simplify or wanted.budget is None:
     return o, ()
   free = wanted._replace(budget=None)
-  for name, off in _OPTIONAL:
+  for name in _OPTIONAL:
+    if not getattr(o, name):
+      continue
     used = memory.plan_state(build(o), params, free).device_bytes + wanted.reserve
     if used <= SIMPLIFY_ABOVE * wanted.budget:
       break
-    if getattr(o, name):
-      o, dropped = dataclasses.replace(o, **off), [*dropped, name]
+    off: dict[str, Any] = {name: False}
+    o, dropped = dataclasses.replace(o, **off), [*dropped, name]
   return o, tuple(dropped)

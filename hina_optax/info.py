@@ -223,6 +223,7 @@ def _readable(tree: Any) -> Any:
   """State out of host memory and out of 8 bits."""
   return memory.dequantize_state(jax.device_put(tree, jax.memory.Space.Device))
 
+
 _FIGURES: dict[type, dict[str, Callable[[Any], Any]]] = {
   regularizers.SuppressEdgesState: {"edge_share": lambda s: _mean(s.edge_share)},
   regularizers.AttenuateBackgroundState: {"background_share": _background_share},

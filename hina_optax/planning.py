@@ -64,7 +64,8 @@ def plan_memory(
   if options is None:
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
     return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
-  return _decision(_with_budget(options, vram_budget_gb), shapes, reserve).plan
+  options = _with_budget(options, vram_budget_gb)
+  return _memory_options.decide(options, alias.chain_of, shapes, reserve).plan
 
 
 def optimize_for_vram(
@@ -140,7 +141,3 @@ def _with_budget(options: HinaOptions, vram_budget_gb: float | None) -> HinaOpti
   if vram_budget_gb is None:
     return options
   return dataclasses.replace(options, vram_budget_gb=vram_budget_gb)
-
-
-def _decision(options: HinaOptions, shapes: Any, reserve: int) -> memory.Decision:
-  return _memory_options.decide(options, alias.chain_of, shapes, reserve)

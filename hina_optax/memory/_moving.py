@@ -42,7 +42,6 @@ def store_state(decision: Decision, opened: Any, params: Any) -> Any:
   Parts that `decision` does not have are dropped; parts that only it has begin from `init`.
   """
   like = _like(decision, params)
-  # `init` of the parts costs what they cost; only what is missing is kept of it.
   paths = jax.tree_util.tree_flatten_with_path(like)[0]
   merged = _graft(like, opened)
   structure: Any = jax.tree.structure(like)
@@ -100,8 +99,9 @@ def _graft(new: Any, old: Any) -> Any:
 
 
 def _is_part(x: Any) -> bool:
-  return isinstance(x, tuple) and hasattr(x, "_fields") and not isinstance(
-    x, _quantized_state.QuantizedLeaf)
+  """True for the state of a transformation; not for parameters that a user keeps in NamedTuples."""
+  library = type(x).__module__.split(".")[0] in ("hina_optax", "optax")
+  return library and hasattr(x, "_fields") and not isinstance(x, _quantized_state.QuantizedLeaf)
 
 
 def _collect(state: Any, parts: dict[type, list[Any]]) -> None:
@@ -119,10 +119,12 @@ def _grafted(new: Any, parts: dict[type, list[Any]]) -> Any:
       _grafted(value, parts) if _holds_parts(value) or source is None else getattr(source, name)
       for name, value in zip(new._fields, new)
     ))
-  if isinstance(new, (tuple, list)):
+  if type(new) in (tuple, list):
     return type(new)(_grafted(child, parts) for child in new)
   return new
 
 
 def _holds_parts(value: Any) -> bool:
-  return isinstance(value, (tuple, list))
+  found: dict[type, list[Any]] = {}
+  _collect(value, found)
+  return bool(found)

@@ -90,6 +90,26 @@ def check_stable(tx: Any, params: Any, steps: int = 2) -> tuple[Any, Any]:
   return updates, state
 
 
+def check_compiled_memory(tx: Any) -> None:
+  """What a step is given and what it keeps in place: gradients in fp32 and state, to the byte."""
+  params = {"kernel": jnp.ones((256, 256))}
+  state = tx.init(params)
+  compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+  analysis = compiled.memory_analysis()
+  # Parameters are not read.
+  assert analysis.argument_size_in_bytes == 4 * 256**2 + nbytes(state)
+  assert analysis.alias_size_in_bytes == nbytes(state)
+
+
+def check_changes_no_bit(wrap: Any, name: str) -> None:
+  """The wrapper around an inner gives the inner's own parameters, updates and state."""
+  inner, params = INNERS[name](), for_inner(name)
+  gradients = trees.sequence(params, 3)
+  plain = trees.run_optax(inner, params, gradients)
+  wrapped = trees.run_optax(wrap(inner), params, gradients)
+  trees.assert_equal((*wrapped[:2], wrapped[2].inner_state), plain)
+
+
 def second_moment(tx: Any, size: int = 1024) -> tuple[float, float]:
   """Mean second moment after 6,000 gradients of variance 1 and after 6,000 more of 0.01."""
   params = jnp.zeros(size)

@@ -1,6 +1,7 @@
 """Plans: exact bytes, the order of the steps, what `hina_adaptive` makes of them, moving states."""
 
 import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,13 @@ from hina_optax import memory
 
 MB = 1 << 20
 LIGHT = {**OFF, "use_spd": True, "background_regularization": True}
+
+
+class Pair(NamedTuple):
+  """Parameters of a user who keeps them in a NamedTuple."""
+
+  first: Any
+  second: Any
 
 
 def shapes(**given):
@@ -250,6 +258,14 @@ class TestOptimizeForVram:
     trees.assert_equal(optax.tree.get(moved, "nu"), optax.tree.get(state, "nu"))
     assert "background_regularization" not in ho.get_optimization_info(moved)["features"]
     assert allocated(moved) == planned(small.decide(params).plan)
+
+  @pytest.mark.parametrize("tree", [list, tuple, Pair._make], ids=["list", "tuple", "named"])
+  def test_parameters_may_be_in_sequences(self, tree):
+    params = tree([jnp.ones((128, 128)), jnp.ones((128, 64))])
+    tx = ho.hina_adaptive(1e-2, **LIGHT)
+    _, _, state = trees.run(tx, params, trees.sequence(params, 2))
+    _, moved = ho.optimize_for_vram(tx, state, params, 1.0)
+    trees.assert_equal(moved, state)
 
   def test_another_state_is_refused(self):
     tx, state, params = self.trained()

@@ -164,11 +164,7 @@ def test_it_computes_the_same_beyond_rounding(name):
 
 @pytest.mark.parametrize("name", ["adamw", "hina"])
 def test_what_is_too_small_changes_no_bit(name):
-  inner, params = storages.INNERS[name](), storages.for_inner(name)
-  gradients = trees.sequence(params, 3)
-  plain = trees.run_optax(inner, params, gradients)
-  stored = trees.run_optax(wrap(inner), params, gradients)
-  trees.assert_equal((*stored[:2], stored[2].inner_state), plain)
+  storages.check_changes_no_bit(wrap, name)
 
 
 def test_only_large_chosen_floating_leaves_are_quantized():
@@ -193,13 +189,7 @@ def test_bytes():
 
 
 def test_compiled_memory():
-  params = {"kernel": jnp.ones((256, 256))}
-  tx = wrap(RMS)
-  state = tx.init(params)
-  compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
-  analysis = compiled.memory_analysis()
-  assert analysis.argument_size_in_bytes == 4 * 256**2 + storages.nbytes(state)
-  assert analysis.alias_size_in_bytes == storages.nbytes(state)
+  storages.check_compiled_memory(wrap(RMS))
 
 
 def test_bf16_parameters_are_computed_in_fp32():
