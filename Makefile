@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'
@@ -22,6 +22,13 @@ test: lint
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m slow
+
+bench: $(VENV)/.installed
+	for tree in lora420 lora_sdxl dense17m; do \
+		$(BIN)/python benchmarks/speed.py --tree $$tree \
+			--output benchmarks/results/speed_$$tree.json || exit 1; done
+	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json \
+		--plot benchmarks/results/growth.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output

@@ -4,21 +4,17 @@
 """
 
 import argparse
-import json
 import pathlib
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measure
 import optax
+from contenders import EVERYTHING
 
 import hina_optax
-
-EVERYTHING = {
-  "edge_suppression": True, "spatial_awareness": True, "lora_rank_penalty": True,
-  "use_orthogonal_grad": True,
-}
 
 
 def optimizers() -> dict[str, Any]:
@@ -70,9 +66,7 @@ def main() -> None:
                       "compile_s": compiling})
         print(f"| {tree} | {count} | {name} | {trace:.2f} | {compiling:.2f} |", flush=True)
   if arguments.output:
-    versions = {"jax": jax.__version__, "optax": optax.__version__}
-    arguments.output.write_text(json.dumps(
-      {"device": jax.devices()[0].device_kind, **versions, "rows": found}, indent=1))
+    measure.write_json(arguments.output, {**measure.environment(), "rows": found})
 
 
 if __name__ == "__main__":

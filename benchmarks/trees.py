@@ -1,9 +1,11 @@
 """Parameter trees of the sizes that people train, as shapes in Flax's layout."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = dict[str, Any]
 _TIME, _CONTEXT, _ADDED = 1280, 2048, 2816
@@ -60,6 +62,60 @@ def lora_of(tree: Tree, rank: int, target: str = "attn") -> Tree:
   return factors(tree, False)
 
 
+def lora_420() -> Tree:
+  """LoRA of rank 16 for 21 transformer layers of 640 channels: 420 factors, 7.4 M parameters."""
+  return lora_of({f"attn{i}": _layer(640) for i in range(21)}, 16)
+
+
+def dense_17m() -> Tree:
+  """A residual convolutional classifier with a head of three dense layers: 17 M parameters."""
+  tree: Tree = {"stem": _conv(3, 64)}
+  channels = 64
+  for level, width in enumerate((64, 128, 256, 512)):
+    for i in range(2):
+      shortcut = {"shortcut": _conv(channels, width, 1)} if channels != width else {}
+      tree[f"block{level}_{i}"] = {
+        "norm": _norm(channels), "conv1": _conv(channels, width), "conv2": _conv(width, width),
+        **shortcut}
+      channels = width
+  sizes = (512, 2048, 2048, 256)
+  pairs = enumerate(itertools.pairwise(sizes))
+  head = {f"dense{i}": _dense(into, out) for i, (into, out) in pairs}
+  return tree | head
+
+
+def dit_130m() -> Tree:
+  """A diffusion transformer like DiT-B/2 (width 768, depth 12, adaLN): 130 M parameters."""
+  width = 768
+
+  def block() -> Tree:
+    return {
+      "adaln": _dense(width, 6 * width), "qkv": _dense(width, 3 * width),
+      "out": _dense(width, width), "mlp1": _dense(width, 4 * width),
+      "mlp2": _dense(4 * width, width),
+    }
+
+  return {
+    "patches": _conv(4, width, 2), "classes": {"embedding": _array(1001, width)},
+    "time": {"0": _dense(256, width), "1": _dense(width, width)},
+    **{f"block{i}": block() for i in range(12)},
+    "final": {"adaln": _dense(width, 2 * width), "out": _dense(width, 2 * 2 * 8)},
+  }
+
+
+def equal_leaves(count: int, shape: tuple[int, ...]) -> Tree:
+  """`count` leaves of one shape."""
+  return {f"w{i}": _array(*shape) for i in range(count)}
+
+
+def materialise(tree: Tree, seed: int) -> Tree:
+  """NumPy arrays of these shapes, normal with a deviation of 0.02."""
+  rng = np.random.default_rng(seed)
+  scale = np.float32(0.02)
+  return jax.tree.map(
+    lambda x: (scale * rng.standard_normal(x.shape, np.float32)).astype(x.dtype), tree)
+
+
 def _array(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -91,15 +147,16 @@ def _attention(width: int, context: int) -> Tree:
   }
 
 
-def _transformer(width: int, depth: int) -> Tree:
-  def layer() -> Tree:
-    return {
-      "norm1": _norm(width), "self": _attention(width, width),
-      "norm2": _norm(width), "cross": _attention(width, _CONTEXT),
-      "norm3": _norm(width), "ff1": _dense(width, 8 * width), "ff2": _dense(4 * width, width),
-    }
+def _layer(width: int) -> Tree:
+  return {
+    "norm1": _norm(width), "self": _attention(width, width),
+    "norm2": _norm(width), "cross": _attention(width, _CONTEXT),
+    "norm3": _norm(width), "ff1": _dense(width, 8 * width), "ff2": _dense(4 * width, width),
+  }
 
+
+def _transformer(width: int, depth: int) -> Tree:
   return {
     "norm": _norm(width), "proj_in": _dense(width, width), "proj_out": _dense(width, width),
-    **{f"layer{i}": layer() for i in range(depth)},
+    **{f"layer{i}": _layer(width) for i in range(depth)},
   }

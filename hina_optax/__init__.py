@@ -7,6 +7,7 @@ from hina_optax.info import get_memory_stats, get_optimization_info
 from hina_optax.memory import (
   MemoryPlan,
   with_host_offload,
+  with_leaf_batching,
   with_quantized_state,
   with_rounded_updates,
   with_state_dtype,
@@ -68,6 +69,7 @@ __all__ = [
   "suppress_high_frequency",
   "torch_spatial_axes",
   "with_host_offload",
+  "with_leaf_batching",
   "with_quantized_state",
   "with_rounded_updates",
   "with_state_dtype",

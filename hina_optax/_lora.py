@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hina_optax import _leaves
+from hina_optax import _leaves, _visits
 
 DEFAULT_PATTERN = (
   r"(?:(?P<down>lora_(?:embedding_)?(?:a|A|down))|(?P<up>lora_(?:embedding_)?(?:b|B|up)))"
@@ -57,11 +57,11 @@ def find_pairs(tree: Any, pattern: re.Pattern[str]) -> list[Pair]:
     ValueError: if a factor's partner is not in the tree (one that is masked away is in it), or the
       two share no rank axis.
   """
-  places, leaves, _ = _leaves.flatten(tree)
+  places, leaves = zip(*_visits.members(tree)) if _visits.leaf_count(tree) else ((), ())
   factors: dict[tuple[str, str], dict[str, _leaves.Leaf]] = {}
   for place, leaf in zip(places, leaves):
     match = _last_match(pattern, place.path)
-    if match and (_leaves.is_absent(leaf) or jnp.ndim(leaf) >= 2):
+    if match and (_leaves.is_absent(leaf) or len(leaf.shape) >= 2):
       key = place.path[: match.start()], place.path[match.end():]
       factors.setdefault(key, {})["down" if match["down"] else "up"] = place
   pairs = []

@@ -1,4 +1,4 @@
-"""Arithmetic that every part shares: fp32 scalars, whole-leaf sums, averages, stencils, quantiles.
+"""Arithmetic that every part shares: fp32 scalars, whole-leaf sums, averages, quantiles.
 
 Nothing here knows what a parameter, a path or an optimizer is. All functions take and return arrays
 of one floating dtype of at least 32 bits (`compute_dtype`), so that nothing is computed in bf16 by
@@ -6,7 +6,6 @@ accident.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,7 +57,8 @@ def mean(x: Array) -> Array:
 
 def fraction(mask: Array, dtype: Any = jnp.float32) -> Array:
   """Share of true elements; 0 for an empty leaf."""
-  return mean(mask.astype(dtype))
+  counted = mask.astype(dtype)
+  return inner_product(counted, counted) / max(mask.size, 1)
 
 
 def norm(x: Array) -> Array:
@@ -107,57 +107,6 @@ def debias(decay: Any, count: Array, dtype: Any = jnp.float32, precise: bool = F
   return 1 - scalar(decay, dtype) ** steps
 
 
-def difference(x: Array, axis: int) -> Array:
-  """`x[i+1] - x[i]` along `axis`, 0 in the last place: the flux through each upper face."""
-  size = x.shape[axis]
-  inner = lax.slice_in_dim(x, min(1, size), size, axis=axis) - lax.slice_in_dim(
-    x, 0, max(size - 1, 0), axis=axis
-  )
-  return _pad(inner, axis, 0, min(1, size))
-
-
-def shift(x: Array, axis: int) -> Array:
-  """`x[i-1]` along `axis`, 0 in the first place."""
-  return _pad(x, axis, 1, -1) if x.shape[axis] else x
-
-
-def laplacian(x: Array, axes: Sequence[int], border: str = "replicate") -> Array:
-  """Second difference summed over `axes`.
-
-  `border="replicate"` takes the missing neighbour to equal the element itself; `"zero"` gives a
-  second difference of 0 along an axis on that axis's first and last place.
-  """
-  parts = [_second_difference(x, axis, border) for axis in axes]
-  return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(x)
-
-
-def squared_differences(x: Array, axes: Sequence[int]) -> Array:
-  """Sum over the existing neighbours along `axes` of the squared difference to that neighbour."""
-  result = jnp.zeros_like(x)
-  for axis in axes:
-    squared = jnp.square(difference(x, axis))
-    result = result + squared + shift(squared, axis)
-  return result
-
-
-def absolute_differences(x: Array, axes: Sequence[int]) -> Array:
-  """Sum over `axes` of `|x[i] - x[i-1]|`, 0 in the first place."""
-  result = jnp.zeros_like(x)
-  for axis in axes:
-    result = result + shift(jnp.abs(difference(x, axis)), axis)
-  return result
-
-
-def box_mean(x: Array, axes: Sequence[int], border: str = "replicate") -> Array:
-  """Mean over three places along each of `axes`; `border="zero"` counts missing ones as 0."""
-  for axis in axes:
-    if border == "replicate":
-      x = x + _second_difference(x, axis, border) / 3
-    else:
-      x = (x + shift(x, axis) + (_pad(x, axis, -1, 1) if x.shape[axis] else x)) / 3
-  return x
-
-
 def order_statistic(x: Array, rank: int) -> Array:
   """The element of index `rank` of sorted non-negative `x`, without sorting.
 
@@ -175,19 +124,3 @@ def order_statistic(x: Array, rank: int) -> Array:
 
   found = lax.fori_loop(0, 31, lambda i, f: body(jnp.asarray(i, jnp.int32), f), jnp.int32(0))
   return lax.bitcast_convert_type(found, jnp.float32).astype(x.dtype)
-
-
-def _second_difference(x: Array, axis: int, border: str) -> Array:
-  flux = difference(x, axis)
-  result = flux - shift(flux, axis)
-  if border == "replicate":
-    return result
-  place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
-  inside = (place > 0) & (place < x.shape[axis] - 1)
-  return jnp.where(inside, result, jnp.zeros_like(result))
-
-
-def _pad(x: Array, axis: int, low: int, high: int) -> Array:
-  config = [(0, 0, 0)] * x.ndim
-  config[axis] = (low, high, 0)
-  return lax.pad(x, jnp.zeros([], x.dtype), config)

@@ -1,24 +1,14 @@
-"""`hina_adaptive`: the guide's optimizer as a chain of the library's parts. No mathematics here."""
+"""`hina_adaptive`: the guide's optimizer, by its options. No mathematics here."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from hina_optax import (
-  _leaves,
-  _memory_options,
-  _rate_units,
-  core,
-  memory,
-  modulators,
-  regularizers,
-)
+from hina_optax import _chain, _leaves, _memory_options, memory
 from hina_optax.options import HinaOptions, explain_unknown_options
-
-# Of the original: the product of all learning-rate scales is held between these.
-_ORIGINAL_SCALE_BOUNDS = (0.001, 10.0)
 
 
 class HinaTransformation(optax.GradientTransformationExtraArgs):
@@ -28,10 +18,12 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
     options: the `HinaOptions`; `get_optimization_info` reads them.
     decide: `decide(params)` gives the `MemoryPlan` for these shapes, and the transformation with
       and without it; `plan_memory` and `optimize_for_vram` ask it.
+    rebatched: `rebatched(max_elements)` is the same with another limit for stacked leaves.
   """
 
   options: HinaOptions
   decide: Callable[[Any], memory.Decision]
+  rebatched: Callable[[int], "HinaTransformation"]
 
 
 @explain_unknown_options
@@ -89,6 +81,8 @@ def hina_adaptive(
   max_buffer_memory_mb: float | None = None,
   adaptive_features: bool = False,
   emergency_simplify: bool = False,
+  leaf_batching: bool | None = None,
+  max_batched_elements: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The guide's optimizer: regularizers, an adaptive core and modulators, chosen by options.
 
@@ -168,6 +162,11 @@ def hina_adaptive(
     adaptive_features: plan for 80% of the budget; `optimize_for_vram` re-plans a running state.
     emergency_simplify: where fp32 state needs more than 90% of the budget, switch off features with
       large state first (background, spatial, learning-rate mask, SPD), with a warning.
+    leaf_batching: stack small leaves of equal shape (`with_leaf_batching`), which compiles LoRAs of
+      hundreds of leaves in seconds; the state's trees become dicts of stacks. `None`: where any
+      part is on beside Adam's moments and weight decay, which compile as fast leaf by leaf and
+      save the copies into stacks. `False` for parameters that are sharded: a stack gathers them.
+    max_batched_elements: elements up to which a leaf is small. `None`: 2**20.
 
   Returns:
     A `HinaTransformation`: an `optax.GradientTransformationExtraArgs` with an attribute `options`.
@@ -200,103 +199,11 @@ def hina_adaptive(
 
 def build(o: HinaOptions) -> HinaTransformation:
   """The transformation that checked options describe."""
-  decided, decide = memory.decided_by_shapes(functools.partial(_memory_options.decide, o, chain_of))
-  chosen = decided if _memory_options.is_planned(o) else chain_of(o)
+  asked = functools.partial(_memory_options.decide, o, _chain.chain_of)
+  decided, decide = memory.decided_by_shapes(asked)
+  chosen = decided if _memory_options.is_planned(o) else _chain.chain_of(o)
   transformation = HinaTransformation(chosen.init, chosen.update)
   transformation.options, transformation.decide = o, decide
+  transformation.rebatched = lambda limit: build(
+    dataclasses.replace(o, leaf_batching=True, max_batched_elements=limit))
   return transformation
-
-
-def chain_of(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  """The chain of parts, its state in fp32 on the device."""
-  return optax.chain(
-    core.upcast_updates(), *_regularizers(o), _optimizer(o), core.cast_updates_to_params()
-  )
-
-
-def _regularizers(o: HinaOptions) -> list[optax.GradientTransformationExtraArgs]:
-  compat = o.sd_scripts_compat
-  border = "zero" if compat else "replicate"
-  wide, matrix = (
-    (_leaves.only_matrices(o.spatial_axes, side) if compat else o.spatial_axes) for side in (3, 2)
-  )
-  parts = []
-  if o.use_agr:
-    parts.append(regularizers.adaptive_gradient_regularization("clip" if compat else "coefficient"))
-  if o.edge_suppression:
-    parts.append(regularizers.suppress_edges(
-      o.edge_penalty, o.edge_threshold, spatial_axes=wide, relative=not compat, border=border))
-  if o.spatial_awareness:
-    parts.append(regularizers.suppress_high_frequency(
-      o.frequency_penalty, spatial_axes=matrix, subtract="magnitude" if compat else "high_pass"))
-    parts.append(regularizers.preserve_detail(
-      o.detail_preservation, spatial_axes=wide, relative=not compat))
-  if o.background_regularization:
-    parts.append(regularizers.attenuate_background(
-      mode=o.background_regularization_mode, unbiased=not compat, border=border,
-      spatial_axes=_leaves.two_axes(o.spatial_axes) if compat else o.spatial_axes))
-  if o.lora_rank_penalty:
-    parts.append(regularizers.add_rank_penalty(
-      o.rank_penalty_strength, o.low_rank_emphasis, unpaired=o.unpaired,
-      lora_pattern=o.lora_pattern, measure="top_eigenvalues" if compat else "nuclear"))
-  if o.use_orthogonal_grad:
-    parts.append(regularizers.orthogonalize_to_params(include_vectors=compat))
-  return parts
-
-
-def _core(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  compat = o.sd_scripts_compat
-  default_beta = 0.999 if compat else 0.9
-  return core.scale_by_hina(
-    o.betas[0], o.betas[1], o.eps,
-    torque=("direction" if compat else "average") if o.use_tam else None,
-    torque_decay=default_beta if o.tam_beta is None else o.tam_beta,
-    stability=("max" if compat else "adopt") if o.use_adopt_stability else None,
-    precise_debias=compat,
-  )
-
-
-def _modulated(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  direction = _core(o)
-  if o.use_cautious:
-    direction = modulators.cautious(direction, per="leaf" if o.sd_scripts_compat else "element")
-  elif o.use_grams and not o.sd_scripts_compat:
-    direction = modulators.grams(direction)
-  rules = []
-  if o.use_lr_mask:
-    units = _rate_units.resolve(o)
-    rules.append(modulators.sign_agreement_rule(
-      units.bump, units.min_scale, units.max_scale, o.warmup_steps,
-      signal="gradient" if o.sd_scripts_compat else "update"))
-  if o.use_dynamic_adaptation:
-    rules.append(modulators.importance_rule(
-      o.adaptation_strength, interval=o.relationship_discovery_interval,
-      decay=o.importance_decay, compatibility_threshold=o.compatibility_threshold,
-      intrinsic_importance=o.intrinsic_importance, relative=not o.sd_scripts_compat))
-  if not rules:
-    return direction
-  bounds = _ORIGINAL_SCALE_BOUNDS if o.sd_scripts_compat else None
-  return modulators.scale_by_rates(direction, rules, bounds)
-
-
-def _weight_decay(
-  o: HinaOptions, learning_rate: optax.ScalarOrSchedule | None
-) -> optax.GradientTransformationExtraArgs:
-  decay = core.add_scheduled_weight_decay(
-    o.weight_decay, transition_steps=o.wd_transition_steps if o.dynamic_weight_decay else None,
-    factor=o.wd_decay_factor, min_ratio=o.wd_min_ratio, learning_rate=learning_rate,
-  )
-  return decay if o.weight_decay_mask is None else optax.masked(decay, o.weight_decay_mask)
-
-
-def _optimizer(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  scale = optax.scale_by_learning_rate(o.learning_rate)
-  if o.sd_scripts_compat:
-    steps = optax.chain(_modulated(o), scale, _weight_decay(o, o.learning_rate))
-  else:
-    steps = optax.chain(_modulated(o), _weight_decay(o, None), scale)
-  if not o.use_spd:
-    return steps
-  return modulators.project_to_init(
-    steps, o.spd_lambda, learning_rate=o.learning_rate if o.sd_scripts_compat else None
-  )

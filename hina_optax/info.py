@@ -202,7 +202,9 @@ def _figures(parts: list[Any]) -> dict[str, float]:
 
 def _mean(vector: Any, least: float = -1.0) -> float | None:
   """Mean of the entries above `least`, which marks leaves that a part leaves alone."""
-  values = np.asarray(_readable(vector), np.float64)
+  # One vector, or in a chain inside of with_leaf_batching a dict of them.
+  parts = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(_readable(vector))]
+  values = np.concatenate(parts) if parts else np.zeros(0)
   values = values[values > least]
   return float(values.mean()) if values.size else None
 

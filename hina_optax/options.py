@@ -79,6 +79,8 @@ class HinaOptions:
   max_buffer_memory_mb: float | None
   adaptive_features: bool
   emergency_simplify: bool
+  leaf_batching: bool | None
+  max_batched_elements: int | None
 
   def __post_init__(self) -> None:
     """Checks every option under the name the user gave it."""
@@ -109,6 +111,12 @@ class HinaOptions:
     _checks.choice("unpaired", self.unpaired, ("ignore", "nuclear"))
     _checks.rule("spatial_axes", self.spatial_axes)
     _lora.compile_pattern(self.lora_pattern)
+    _checks.structural("leaf_batching", self.leaf_batching)
+    if self.leaf_batching is not None:
+      _checks.flag("leaf_batching", self.leaf_batching)
+    _checks.structural("max_batched_elements", self.max_batched_elements)
+    if self.max_batched_elements is not None:
+      _checks.integer("max_batched_elements", self.max_batched_elements, 1)
     for name in ("vram_budget_gb", "max_buffer_memory_mb"):
       _checks.structural(name, getattr(self, name))
       if getattr(self, name) is not None:

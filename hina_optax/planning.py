@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import _checks, _memory_options, alias, memory
+from hina_optax import _chain, _checks, _memory_options, alias, memory
 from hina_optax.alias import HinaTransformation
 from hina_optax.options import HinaOptions
 
@@ -65,7 +65,7 @@ def plan_memory(
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
     return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
   options = _with_budget(options, vram_budget_gb)
-  return _memory_options.decide(options, alias.chain_of, shapes, reserve).plan
+  return _memory_options.decide(options, _chain.chain_of, shapes, reserve).plan
 
 
 def optimize_for_vram(

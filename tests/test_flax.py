@@ -101,7 +101,8 @@ class Wide(nnx.Module):
 @pytest.mark.parametrize("share", [0.7, 0.5])
 def test_an_nnx_optimizer_keeps_its_state_as_planned(share):
   """Names and plans must not depend on the variables that nnx puts around every array."""
-  light = dict(background_regularization=False, use_agr=False, use_lr_mask=False)
+  light = dict(background_regularization=False, use_agr=False, use_lr_mask=False,
+               leaf_batching=False)
   model = Wide(nnx.Rngs(0))
   params = nnx.state(model, nnx.Param)
   whole = ho.plan_memory(light, params).device_bytes

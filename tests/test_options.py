@@ -83,10 +83,10 @@ CHANGES = {
   "sd_scripts_compat": (True, {}),
   "reduce_precision": (True, {}),
 }
-# They change where state lies and what is reported, not what is computed.
+# They change where and how state lies and what is reported, not what is computed.
 MEMORY_ONLY = {
   "memory_efficient", "vram_budget_gb", "cpu_offload_states", "max_buffer_memory_mb",
-  "adaptive_features", "emergency_simplify",
+  "adaptive_features", "emergency_simplify", "leaf_batching", "max_batched_elements",
 }
 
 

@@ -21,12 +21,15 @@ FACTORIES = [
 REPORTS = {"get_optimization_info", "get_memory_stats", "optimize_for_vram"}
 # Lower may not import higher.
 LAYERS = [
-  {"_numerics", "_checks", "_rounding", "checkpoint_shapes"},
+  {"_numerics", "_checks", "_rounding", "_stencils", "checkpoint_shapes"},
   {"_leaves"},
+  {"_stacks"},
+  {"_visits", "_rows"},
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},
   {"options"},
   {"_rate_units", "_memory_options"},
+  {"_chain"},
   {"alias"},
   {"info", "planning"},
   {"cli"},

@@ -29,7 +29,10 @@ def regularizers(options: Any) -> dict[str, optax.GradientTransformationExtraArg
   if options.lora_rank_penalty:
     parts["rank"] = hina_optax.add_rank_penalty(
       options.rank_penalty_strength, options.low_rank_emphasis)
-  return parts
+  if options.leaf_batching is False:
+    return parts
+  # As in the optimizer, whose states they are given.
+  return {name: hina_optax.with_leaf_batching(part) for name, part in parts.items()}
 
 
 class Probe:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 from hina_optax._numerics import Scalar
 
 _TORQUE_EPS = 1e-8
@@ -110,7 +110,7 @@ def scale_by_hina(
       count=jnp.zeros([], jnp.int32),
       mu=_leaves.per_element_state(params),
       nu=_leaves.per_element_state(params),
-      torque=_leaves.per_leaf_scalars(params) if torque else None,
+      torque=_visits.per_leaf_scalars(params) if torque else None,
     )
 
   def update(updates, state, params=None, **extra_args):
@@ -149,14 +149,14 @@ def scale_by_hina(
         u = u * ((1 + a) / 2)
       return u, (new_mu, new_nu), (a,) if torque else ()
 
-    visited = _leaves.visit(
+    visited = _visits.visit(
       step, updates, trees=(state.mu, state.nu), scalars=(state.torque,) if torque else ()
     )
     new_torque = visited.scalars[0] if torque else None
     mu, nu = visited.trees
     return visited.updates, ScaleByHinaState(count, mu, nu, new_torque)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _adam_direction(

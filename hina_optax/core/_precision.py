@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _leaves, _numerics
+from hina_optax import _leaves, _numerics, _stacks
 
 
 def upcast_updates() -> optax.GradientTransformationExtraArgs:
@@ -21,7 +21,7 @@ def upcast_updates() -> optax.GradientTransformationExtraArgs:
     _leaves.check_floating(updates, "updates")
     return jax.tree.map(lambda g: _cast(g, _numerics.compute_dtype(g.dtype)), updates), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def cast_updates_to_params() -> optax.GradientTransformationExtraArgs:
@@ -38,7 +38,7 @@ def cast_updates_to_params() -> optax.GradientTransformationExtraArgs:
     ]
     return structure.unflatten(cast), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  return _stacks.Part(lambda params: optax.EmptyState(), update)
 
 
 def _cast(x: Any, dtype: Any) -> jax.Array:

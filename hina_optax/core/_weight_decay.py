@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -101,10 +101,10 @@ def add_scheduled_weight_decay(
       decayed = stepped - _numerics.scalar(rate, u.dtype) * amount * stepped
       return decayed - read[0], (), ()
 
-    visited = _leaves.visit(decay, updates, read=(params,))
+    visited = _visits.visit(decay, updates, read=(params,))
     return visited.updates, AddScheduledWeightDecayState(count)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _remaining(

@@ -2,6 +2,7 @@
 
 from hina_optax.memory._device import DeviceMemory, device_memory, is_on_host, reported_limit
 from hina_optax.memory._host_offload import WithHostOffloadState, with_host_offload
+from hina_optax.memory._leaf_batching import MAX_ELEMENTS, batched, with_leaf_batching
 from hina_optax.memory._moving import open_state, store_state
 from hina_optax.memory._plan import GB, Demands, apply_storage, plan_state, tree_bytes
 from hina_optax.memory._plan_table import MemoryPlan, PlanRow, PlanStep, Storage
@@ -17,6 +18,7 @@ from hina_optax.memory._state_dtype import WithStateDtypeState, with_state_dtype
 
 __all__ = [
   "GB",
+  "MAX_ELEMENTS",
   "Decision",
   "Demands",
   "DeviceMemory",
@@ -30,6 +32,7 @@ __all__ = [
   "WithRoundedUpdatesState",
   "WithStateDtypeState",
   "apply_storage",
+  "batched",
   "decided_by_shapes",
   "dequantize_state",
   "device_memory",
@@ -40,6 +43,7 @@ __all__ = [
   "store_state",
   "tree_bytes",
   "with_host_offload",
+  "with_leaf_batching",
   "with_quantized_state",
   "with_rounded_updates",
   "with_state_dtype",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _rows, _stacks, _visits
 from hina_optax._numerics import Scalar
 
 _LEAST_SHARE = 1e-3
@@ -84,11 +84,11 @@ def cautious(
   _checks.choice("per", per, ("element", "leaf"))
   _checks.number("threshold", threshold, -1.0, 1.0)
   _checks.fraction("factor", factor)
-  inner = optax.with_extra_args_support(inner)
+  inner = _rows.aware(inner)
 
   def init(params: Any) -> CautiousState:
     _leaves.check_floating(params, "params")
-    return CautiousState(inner.init(params), _leaves.per_leaf_scalars(params))
+    return CautiousState(inner.init(params), _visits.per_leaf_scalars(params))
 
   def by_element(leaf, u, read, trees, scalars):
     del leaf, trees, scalars
@@ -107,13 +107,13 @@ def cautious(
 
   def update(updates, state, params=None, **extra_args):
     directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    visited = _leaves.visit(
+    visited = _visits.visit(
       by_element if per == "element" else by_leaf,
       directions, read=(updates,), scalars=(state.alignment,),
     )
     return visited.updates, CautiousState(inner_state, *visited.scalars)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -147,7 +147,7 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     Cao et al., Grams: gradient descent with adaptive momentum scaling, 2024, arXiv 2412.17107;
     `use_grams` of `HinaAdaptive`, which never applied it.
   """
-  inner = optax.with_extra_args_support(inner)
+  inner = _rows.aware(inner)
 
   def init(params: Any) -> GramsState:
     _leaves.check_floating(params, "params")
@@ -159,10 +159,10 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
   def update(updates, state, params=None, **extra_args):
     directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    visited = _leaves.visit(turn, directions, read=(updates,))
+    visited = _visits.visit(turn, directions, read=(updates,))
     return visited.updates, GramsState(inner_state)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _visits
 from hina_optax._numerics import Scalar
 from hina_optax.modulators import _relations
 from hina_optax.modulators._rates import RateRule, scale_by_rates
@@ -136,76 +136,79 @@ def importance_rule(
   def init(params: Any) -> ImportanceState:
     return ImportanceState(
       count=jnp.zeros([], jnp.int32),
-      importance=_leaves.per_leaf_scalars(params, start),
-      initial_norm=_leaves.per_leaf_scalars(params, -1.0),
-      relation=_leaves.per_leaf_scalars(params),
+      importance=_visits.per_leaf_scalars(params, start),
+      initial_norm=_visits.per_leaf_scalars(params, -1.0),
+      relation=_visits.per_leaf_scalars(params),
     )
 
   def prepare(updates, params, state):
     _leaves.require_params(params, "scale_by_importance")
     count = optax.safe_increment(state.count)
-    gradients, parameters = _present(updates, params)
+    places = _present(updates, params)
     new = lax.cond(
-      count % jnp.asarray(interval).astype(jnp.int32) == 0, visit, lambda *args: args[-1],
-      gradients, parameters, state,
+      count % jnp.asarray(interval).astype(jnp.int32) == 0,
+      lambda *args: visit(places, *args), lambda *args: args[-1], updates, params, state,
     )
     # The original searches for relations after it has begun the step.
     relation = new.relation if relative else state.relation
-    factors = _factors(new.importance, relation, strength, list(gradients), relative)
+    factors = _factors(new.importance, relation, strength, places, relative)
     return factors, new._replace(count=count)
 
-  def visit(gradients: dict[int, Any], parameters: dict[int, Any], state: ImportanceState):
-    index = np.array(list(gradients), np.int32)
+  def visit(places: list[int], gradients: Any, parameters: Any, state: ImportanceState):
+    index = np.array(places, np.int32)
     if not index.size:
       return state
-    terms, norms = _terms(gradients, parameters, state.initial_norm[index], intrinsic_importance,
-                          relative)
+    terms, norms = _terms(places, gradients, parameters, state.initial_norm[index],
+                          intrinsic_importance, relative)
     contribution = sum(w * (_relative(x) if relative else x) for w, x in zip(_WEIGHTS, terms))
     contribution = jnp.maximum(contribution, _LEAST_CONTRIBUTION)
     importance = _numerics.average(state.importance[index], contribution, decay)
     if not relative:
       importance = jnp.clip(jnp.round(importance * _QUANTA), 0, 65535) / _QUANTA
     first = jnp.where(state.initial_norm[index] < 0, norms, state.initial_norm[index])
-    relation = _relate(parameters, state.relation, compatibility_threshold, relative)
+    relation = _relate(places, parameters, state.relation, compatibility_threshold, relative)
     return state._replace(
       importance=state.importance.at[index].set(importance),
       initial_norm=state.initial_norm.at[index].set(first),
       relation=relation,
     )
 
-  def factor(leaf, u, g, trees, factors):
+  def factor(u, g, trees, value):
     del g, trees
-    return factors[leaf.index].astype(u.dtype), ()
+    return value.astype(u.dtype), ()
 
-  return RateRule(init, prepare, factor)
-
-
-def _present(updates: Any, params: Any) -> tuple[dict[int, Any], dict[int, Any]]:
-  """Gradients and parameters by place, without the places where either is absent."""
-  _, gradients, structure = _leaves.flatten(updates)
-  parameters = structure.flatten_up_to(params)
-  places = [
-    i for i, pair in enumerate(zip(gradients, parameters)) if not any(map(_leaves.is_absent, pair))
-  ]
-  return {i: gradients[i] for i in places}, {i: parameters[i] for i in places}
+  return RateRule(init, prepare, factor, per_leaf=True)
 
 
-def _terms(gradients, parameters, initial_norm, intrinsic_importance: str, relative: bool):
+def _present(updates: Any, params: Any) -> list[int]:
+  """Places of the leaves that have both a gradient and a parameter."""
+  gone = _visits.missing(updates)
+  gradients, structure = _leaves.flat(updates)
+  rows = zip(_visits.nodes(updates), gradients, structure.flatten_up_to(params))
+  return sorted(
+    place for node, *pair in rows if not any(map(_leaves.is_absent, pair))
+    for place in node.places if place not in gone
+  )
+
+
+def _terms(places: list[int], gradients: Any, parameters: Any, initial_norm: jax.Array,
+           intrinsic_importance: str, relative: bool):
   """Vectors of gradient size, change and intrinsic importance; and the parameters' norms."""
-  clean = {i: _clean(g) for i, g in gradients.items()}
-  size = jnp.stack([
-    _numerics.norm(g) / (max(g.size, 1) ** 0.5 if relative else 1.0) for g in clean.values()
-  ])
-  weights = {i: _clean(p) for i, p in parameters.items()}
-  norms = jnp.stack([_numerics.norm(p) for p in weights.values()])
+  order = {place: i for i, place in enumerate(places)}
+  size = _visits.vector_of(lambda g: _size(_clean(g), relative), order, (gradients,))
+  norms = _visits.vector_of(lambda p: _numerics.norm(_clean(p)), order, (parameters,))
   change = jnp.where(
     initial_norm < 0, 0, _numerics.safe_divide(jnp.abs(norms - initial_norm), initial_norm)
   )
   if intrinsic_importance == "estimated":
     intrinsic = jnp.full_like(norms, _INTRINSIC)
   else:
-    intrinsic = jnp.stack([_intrinsic(p) for p in weights.values()])
+    intrinsic = _visits.vector_of(lambda p: _intrinsic(_clean(p)), order, (parameters,))
   return (size, change, intrinsic), norms
+
+
+def _size(g: jax.Array, relative: bool) -> jax.Array:
+  return _numerics.norm(g) / (max(g.size, 1) ** 0.5 if relative else 1.0)
 
 
 def _clean(x: Any) -> jax.Array:
@@ -224,17 +227,21 @@ def _relative(x: jax.Array) -> jax.Array:
   return jnp.where(average > 0, x * _numerics.reciprocal(average), 1)
 
 
-def _relate(parameters, relation: jax.Array, threshold: Scalar, relative: bool) -> jax.Array:
-  places = _relations.candidates([parameters.get(i) for i in range(relation.size)])
-  if len(places) < 2:
+def _relate(
+  places: list[int], parameters: Any, relation: jax.Array, threshold: Scalar, relative: bool
+) -> jax.Array:
+  found = _relations.candidates(parameters, places)
+  if len(found) < 2:
     return relation
-  compat = _relations.compatibility([_clean(parameters[i]) for i in places])
-  index = np.array(places)
+  order = {place: i for i, place in enumerate(found)}
+  sample = _visits.vector_of(lambda p: _relations.first_elements(_clean(p)), order, (parameters,))
+  compat = _relations.compatibility(list(found.values()), sample)
+  index = np.array(list(found))
   if relative:
     return relation.at[index].set(_relations.strongest(compat, threshold))
-  found = _relations.first_accepted(compat, threshold, len(parameters))
-  found = found.astype(jnp.float16).astype(jnp.float32)
-  return relation.at[index].set(jnp.where(relation[index] > 0, relation[index], found))
+  first = _relations.first_accepted(compat, threshold, len(places))
+  first = first.astype(jnp.float16).astype(jnp.float32)
+  return relation.at[index].set(jnp.where(relation[index] > 0, relation[index], first))
 
 
 def _factors(

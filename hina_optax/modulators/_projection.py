@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _rows, _stacks, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -82,7 +82,7 @@ def project_to_init(
     NeurIPS 2024, arXiv 2411.01713; `use_spd` and `spd_lambda` of `HinaAdaptive`.
   """
   _checks.fraction("strength", strength)
-  inner = optax.with_extra_args_support(inner)
+  inner = _rows.aware(inner)
 
   def init(params: Any) -> ProjectToInitState:
     return ProjectToInitState(
@@ -93,12 +93,10 @@ def project_to_init(
     _leaves.require_params(params, "project_to_init")
     steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-    _, raw_steps, structure = _leaves.flatten(steps)
-    raw_params = structure.flatten_up_to(params)
 
     def pull(leaf, u, read, trees, scalars):
-      del scalars
-      (g, x), old = read, trees[0]
+      del leaf, scalars
+      (g, x, param, step), old = read, trees[0]
       new, amount = old + u, _numerics.scalar(strength, u.dtype)
       if rate is None:
         u = u - amount * _selective_share(g, old, new) * new
@@ -107,14 +105,16 @@ def project_to_init(
         stepped = x + u
         share = _numerics.safe_divide(_numerics.norm(new), _numerics.norm(stepped))
         u = (stepped - _numerics.scalar(rate, u.dtype) * amount * share * new) - x
-      moved = _applied(u, raw_params[leaf.index], raw_steps[leaf.index].dtype)
+      moved = _applied(u, param, step.dtype)
       return u, (old + moved,), ()
 
-    visited = _leaves.visit(pull, steps, read=(updates, params), trees=(state.displacement,))
+    visited = _visits.visit(
+      pull, steps, read=(updates, params), raw=(params, steps), trees=(state.displacement,)
+    )
     count = optax.safe_increment(state.count)
     return visited.updates, ProjectToInitState(count, inner_state, *visited.trees)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _selective_share(g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

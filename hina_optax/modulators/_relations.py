@@ -7,33 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hina_optax import _numerics
+from hina_optax import _numerics, _visits
 
 SAMPLE = 1000
 _MOST_MATRICES = 1024
 _MOST_RELATIONS = 100
 
 
-def candidates(leaves: Sequence[Any]) -> list[int]:
-  """Places of the matrices among which relations are sought: the first 1,024 of the tree."""
-  places = [i for i, x in enumerate(leaves) if getattr(x, "ndim", 0) == 2 and x.size]
-  return places[:_MOST_MATRICES]
+def candidates(parameters: Any, places: Sequence[int]) -> dict[int, tuple[int, ...]]:
+  """Places and shapes of the matrices among which relations are sought: the first 1,024."""
+  chosen, found = set(places), {}
+  for place, leaf in _visits.members(parameters):
+    if place.index in chosen and len(leaf.shape) == 2 and leaf.size:
+      found[place.index] = leaf.shape
+  return dict(list(found.items())[:_MOST_MATRICES])
 
 
-def compatibility(matrices: Sequence[jax.Array]) -> jax.Array:
-  """Compatibility of each pair `i < j`, 0 elsewhere: shape (n, n).
+def compatibility(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.Array:
+  """Compatibility of each pair `i < j` of matrices, 0 elsewhere: shape (n, n).
 
   0.7 times the share of four comparisons of sides that hold, plus 0.3 times the absolute
-  correlation of the first elements; 0 where no side agrees.
+  correlation of the first elements, the rows of `sample`; 0 where no side agrees.
   """
-  rows, columns = (np.array([m.shape[k] for m in matrices]) for k in (0, 1))
+  rows, columns = np.array(shapes).T
   agree = sum(
     (a[:, None] == b[None, :]).astype(np.float32)
     for a, b in ((columns, rows), (rows, columns), (columns, columns), (rows, rows))
   )
   share = np.triu(agree / 4, 1).astype(np.float32)
   related = jnp.asarray(share > 0)
-  return jnp.where(related, 0.7 * jnp.asarray(share) + 0.3 * jnp.abs(_correlation(matrices)), 0)
+  together = jnp.abs(_correlation(shapes, sample))
+  return jnp.where(related, 0.7 * jnp.asarray(share) + 0.3 * together, 0)
 
 
 def first_accepted(compat: jax.Array, threshold: Any, leaf_total: int) -> jax.Array:
@@ -53,12 +57,11 @@ def strongest(compat: jax.Array, threshold: Any) -> jax.Array:
   return jnp.where(best > _numerics.scalar(threshold, best.dtype), best, 0)
 
 
-def _correlation(matrices: Sequence[jax.Array]) -> jax.Array:
+def _correlation(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.Array:
   """Pearson correlation of each pair over the first `min(1000, sizes)` elements."""
-  lengths = np.array([min(SAMPLE, m.size) for m in matrices])
+  lengths = np.array([min(SAMPLE, rows * columns) for rows, columns in shapes])
   shared = np.minimum(lengths[:, None], lengths[None, :])
-  sample = jnp.stack([_first_elements(m) for m in matrices])
-  result = jnp.zeros((len(matrices), len(matrices)), jnp.float32)
+  result = jnp.zeros((len(shapes), len(shapes)), jnp.float32)
   for length in np.unique(shared):
     part = sample[:, :length]
     centred = part - jnp.mean(part, axis=1, keepdims=True)
@@ -69,8 +72,9 @@ def _correlation(matrices: Sequence[jax.Array]) -> jax.Array:
   return result
 
 
-def _first_elements(matrix: jax.Array) -> jax.Array:
+def first_elements(matrix: jax.Array) -> jax.Array:
+  """The first 1,000 elements of a matrix in its order, flat or not, zeros behind them."""
   # Whole rows first, so that a sharded matrix is not gathered for its first elements.
-  rows = matrix[: -(-SAMPLE // matrix.shape[1])]
+  rows = matrix if matrix.ndim == 1 else matrix[: -(-SAMPLE // matrix.shape[1])]
   flat = rows.astype(jnp.float32).ravel()[:SAMPLE]
   return jnp.pad(flat, (0, SAMPLE - flat.size))

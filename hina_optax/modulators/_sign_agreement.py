@@ -113,8 +113,7 @@ def sign_agreement_rule(
     moving = count < jnp.asarray(warmup_steps).astype(jnp.int32)
     return moving, state._replace(count=count, lattice=lattice())
 
-  def factor(leaf, u, g, trees, moving):
-    del leaf
+  def factor(u, g, trees, moving):
     anchors, step, limits = _anchors(bump, min_scale, max_scale, u.dtype)
     old = trees[0]
     new = jnp.where(moving, _move(old, (u if signal == "update" else g) > 0, anchors, step, limits),

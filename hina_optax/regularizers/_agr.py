@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 
 
 class AdaptiveGradientRegularizationState(NamedTuple):
@@ -63,9 +63,9 @@ def adaptive_gradient_regularization(
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    return _leaves.visit(shrink, updates).updates, state
+    return _visits.visit(shrink, updates).updates, state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _coefficient(g: jax.Array, form: str) -> jax.Array:

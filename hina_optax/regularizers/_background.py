@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 # Of the guide and the original: how far the share of background may go before the fast mode treats
@@ -99,11 +99,11 @@ def attenuate_background(
   decay = 0.95 if mode == "simple" else 0.9
 
   def init(params: Any) -> AttenuateBackgroundState:
-    _leaves.has_axes(spatial_axes, params)
+    _visits.has_axes(spatial_axes, params)
     return AttenuateBackgroundState(
       count=jnp.zeros([], jnp.int32),
       background=_leaves.per_element_state(params),
-      background_share=_leaves.per_leaf_scalars(params, 0.0 if unbiased else 0.5),
+      background_share=_visits.per_leaf_scalars(params, 0.0 if unbiased else 0.5),
     )
 
   def update(updates, state, params=None, **extra_args):
@@ -115,10 +115,10 @@ def attenuate_background(
 
     def damp(leaf, g, read, trees, scalars):
       del read
-      axes = _leaves.resolve_axes(spatial_axes, leaf.path, g)
-      if not axes or not g.size:
+      grid = leaf.grid(spatial_axes, g.dtype)
+      if not grid.axes or not g.size:
         return g, trees, scalars
-      quiet = _is_quiet(jnp.abs(g), mode, axes, border)
+      quiet = _is_quiet(jnp.abs(g), mode, grid, border)
       background = _numerics.average(trees[0], quiet.astype(g.dtype), decay)
       level = background / seen(decay, g.dtype)
       weight = _numerics.scalar(strength, g.dtype)
@@ -131,21 +131,21 @@ def attenuate_background(
       factor = level * behind + (1 - level) * front
       return g * (1 + weight * (factor - 1)), (background,), (share,)
 
-    visited = _leaves.visit(
+    visited = _visits.visit(
       damp, updates, trees=(state.background,), scalars=(state.background_share,)
     )
     return visited.updates, AttenuateBackgroundState(count, *visited.trees, *visited.scalars)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
-def _is_quiet(a: jax.Array, mode: str, axes: tuple[int, ...], border: str) -> jax.Array:
+def _is_quiet(a: jax.Array, mode: str, grid: _stencils.Grid, border: str) -> jax.Array:
   if mode == "simple":
     return a < _numerics.mean(a) - 0.5 * jnp.sqrt(_numerics.variance(a))
-  narrow = min(a.shape[axis] for axis in axes) <= 2
+  narrow = min(grid.shape[axis] for axis in grid.axes) <= 2
   if border == "replicate" or not narrow:
-    a = _numerics.box_mean(a, axes, border)
-  return a < _quantile(a, interpolate=border == "zero" and narrow and a.ndim > 2)
+    a = _stencils.box_mean(a, grid, border)
+  return a < _quantile(a, interpolate=border == "zero" and narrow and len(grid.shape) > 2)
 
 
 def _quantile(a: jax.Array, interpolate: bool) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -78,7 +78,7 @@ def preserve_detail(
   _checks.rule("spatial_axes", spatial_axes)
 
   def init(params: Any) -> PreserveDetailState:
-    _leaves.has_axes(spatial_axes, params)
+    _visits.has_axes(spatial_axes, params)
     return PreserveDetailState(
       count=jnp.zeros([], jnp.int32),
       local_variance=_leaves.per_element_state(params, 0.0 if relative else 1.0),
@@ -90,27 +90,27 @@ def preserve_detail(
 
     def damp(leaf, g, read, trees, scalars):
       del read, scalars
-      axes = _leaves.resolve_axes(spatial_axes, leaf.path, g)
+      grid = leaf.grid(spatial_axes, g.dtype)
       share = _numerics.scalar(detail_preservation, g.dtype)
       if relative:
-        if not axes:
+        if not grid.axes:
           return g, trees, ()
-        variance = _numerics.average(trees[0], _relative_variance(g, axes), decay)
+        variance = _numerics.average(trees[0], _relative_variance(g, grid), decay)
         smoothed = variance / _numerics.debias(decay, count, g.dtype)
         return g * (share + (1 - share) / (1 + smoothed)), (variance,), ()
-      if g.ndim < 2:
+      if len(leaf.shape) < 2:
         return g, trees, ()
-      variance = _numerics.average(trees[0], _numerics.squared_differences(g, axes), decay)
+      variance = _numerics.average(trees[0], _stencils.squared_differences(g, grid), decay)
       return g / (1 + share * variance), (variance,), ()
 
-    visited = _leaves.visit(damp, updates, trees=(state.local_variance,))
+    visited = _visits.visit(damp, updates, trees=(state.local_variance,))
     return visited.updates, PreserveDetailState(count, *visited.trees)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
-def _relative_variance(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  variance = _numerics.squared_differences(g, axes)
+def _relative_variance(g: jax.Array, grid: _stencils.Grid) -> jax.Array:
+  variance = _stencils.squared_differences(g, grid)
   scale = _numerics.reciprocal(_numerics.mean(variance))
   # Squares that overflow count as flat: infinity times 0 would be NaN.
   return jnp.where(scale > 0, variance * scale, 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -80,28 +80,28 @@ def suppress_edges(
 
   def init(params: Any) -> SuppressEdgesState:
     _leaves.check_floating(params, "params")
-    acts = _leaves.has_axes(spatial_axes, params)
+    acts = _visits.has_axes(spatial_axes, params)
     return SuppressEdgesState(edge_share=jnp.where(acts, jnp.float32(0), jnp.float32(-1)))
 
   def damp(leaf, g, read, trees, scalars):
     del read, trees
-    axes = _leaves.resolve_axes(spatial_axes, leaf.path, g)
-    if not axes or not g.size:
+    grid = leaf.grid(spatial_axes, g.dtype)
+    if not grid.axes or not g.size:
       return g, (), scalars
-    edges = _edge_strength(g, axes, border, relative)
+    edges = _edge_strength(g, grid, border, relative)
     fires = edges > _numerics.scalar(threshold, g.dtype)
     factor = 1 + _numerics.scalar(strength, g.dtype) * jnp.where(fires, edges, 0)
     return g / factor, (), (_numerics.fraction(fires),)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    visited = _leaves.visit(damp, updates, scalars=(state.edge_share,))
+    visited = _visits.visit(damp, updates, scalars=(state.edge_share,))
     return visited.updates, SuppressEdgesState(*visited.scalars)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
-def _edge_strength(g: jax.Array, axes: tuple[int, ...], border: str, relative: bool) -> jax.Array:
-  edges = jnp.abs(_numerics.laplacian(g, axes, border))
+def _edge_strength(g: jax.Array, grid: _stencils.Grid, border: str, relative: bool) -> jax.Array:
+  edges = jnp.abs(_stencils.laplacian(g, grid, border))
   # One reciprocal of a scalar instead of a guarded division for each element.
   return edges * _numerics.reciprocal(jnp.max(edges)) if relative else edges

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -66,24 +66,24 @@ def suppress_high_frequency(
 
   def init(params: Any) -> SuppressHighFrequencyState:
     _leaves.check_floating(params, "params")
-    _leaves.has_axes(spatial_axes, params)
+    _visits.has_axes(spatial_axes, params)
     return SuppressHighFrequencyState()
 
   def smooth(leaf, g, read, trees, scalars):
     del read, trees, scalars
-    axes = _leaves.resolve_axes(spatial_axes, leaf.path, g)
-    if not axes:
+    grid = leaf.grid(spatial_axes, g.dtype)
+    if not grid.axes:
       return g, (), ()
-    return g - _numerics.scalar(strength, g.dtype) * _high_frequency(g, axes, subtract), (), ()
+    return g - _numerics.scalar(strength, g.dtype) * _high_frequency(g, grid, subtract), (), ()
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    return _leaves.visit(smooth, updates).updates, state
+    return _visits.visit(smooth, updates).updates, state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
-def _high_frequency(g: jax.Array, axes: tuple[int, ...], subtract: str) -> jax.Array:
+def _high_frequency(g: jax.Array, grid: _stencils.Grid, subtract: str) -> jax.Array:
   if subtract == "magnitude":
-    return _numerics.absolute_differences(g, axes)
-  return _numerics.laplacian(g, axes) * (-0.5 / len(axes))
+    return _stencils.absolute_differences(g, grid)
+  return _stencils.laplacian(g, grid) * (-0.5 / len(grid.axes))

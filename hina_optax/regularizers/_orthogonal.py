@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics
+from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 
 _TINY = 1e-30
 _NOISE = 1e-6
@@ -58,15 +58,15 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
     return OrthogonalizeToParamsState()
 
   def project(leaf, g, read, trees, scalars):
-    del leaf, trees, scalars
-    return (_orthogonal(g, read[0]) if include_vectors or g.ndim >= 2 else g), (), ()
+    del trees, scalars
+    return (_orthogonal(g, read[0]) if include_vectors or len(leaf.shape) >= 2 else g), (), ()
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
     _leaves.require_params(params, "orthogonalize_to_params")
-    return _leaves.visit(project, updates, read=(params,)).updates, state
+    return _visits.visit(project, updates, read=(params,)).updates, state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
 def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,22 +1,19 @@
 """Rank penalty: the (reweighted) nuclear norm of the product of each LoRA pair."""
 
+import functools
+import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
-from hina_optax import _checks, _leaves, _lora, _numerics
+from hina_optax import _checks, _leaves, _lora, _numerics, _stacks, _visits
 from hina_optax._numerics import Scalar
-
-# Relative to the largest eigenvalue of a Gram matrix: what fp32 still resolves.
-_CUTOFF = 1e-6
-# Smallest singular value, relative to the largest, that the reweighting tells from zero.
-_FLOOR = 1e-3
-_MUON_STEPS, _CUBIC_STEPS = 6, 3
-_LARGEST = 10
+from hina_optax.regularizers import _spectra
 
 
 class AddRankPenaltyState(NamedTuple):
@@ -94,16 +91,15 @@ def add_rank_penalty(
   _checks.choice("measure", measure, ("nuclear", "top_eigenvalues"))
   pattern = _lora.compile_pattern(lora_pattern)
 
-  def penalties(params: Any) -> dict[int, jax.Array]:
-    _, leaves, _ = _leaves.flatten(params)
+  def penalties(params: Any) -> Any:
     if measure == "top_eigenvalues":
-      return {i: _energy_gradient(x) for i, x in _matrices(leaves)}
+      return _terms(params, _each_matrix(_spectra.energy_gradient, params, set()))
     pairs = _lora.find_pairs(params, pattern)
-    result = _pair_gradients(pairs, leaves, emphasis)
+    found = _pair_gradients(pairs, params, emphasis)
     if unpaired == "nuclear":
-      taken = {i for pair in pairs for i in (pair.down, pair.up)}
-      result |= {i: _polar_factor(x) for i, x in _matrices(leaves) if i not in taken}
-    return result
+      taken = {place for pair in pairs for place in (pair.down, pair.up)}
+      found += _each_matrix(_spectra.polar_factor, params, taken)
+    return _terms(params, found)
 
   def init(params: Any) -> AddRankPenaltyState:
     _leaves.check_floating(params, "params")
@@ -114,124 +110,136 @@ def add_rank_penalty(
   def update(updates, state, params=None, **extra_args):
     del extra_args
     _leaves.require_params(params, "add_rank_penalty")
-    terms = penalties(params)
 
     def add(leaf, g, read, trees, scalars):
-      del read, trees, scalars
-      if leaf.index not in terms:
-        return g, (), ()
-      term = terms[leaf.index].astype(g.dtype)
-      return g + _numerics.scalar(strength, g.dtype) * term, (), ()
+      del leaf, trees, scalars
+      term = read[0]
+      return (g if term is None else g + _numerics.scalar(strength, g.dtype) * term), (), ()
 
-    return _leaves.visit(add, updates).updates, state
+    return _visits.visit(add, updates, read=(penalties(params),)).updates, state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _stacks.Part(init, update)
 
 
-def _matrices(leaves: list[Any]) -> list[tuple[int, jax.Array]]:
-  found = [(i, x) for i, x in enumerate(leaves) if not _leaves.is_absent(x)]
-  return [(i, _upcast(x)) for i, x in found if x.ndim == 2 and x.size]
+class _Term(NamedTuple):
+  """What is added to some rows of a node (row 0 of a node that is one leaf)."""
+
+  node: int
+  rows: list[int]
+  value: jax.Array
+
+
+class _Factors(NamedTuple):
+  """Factors of one layout in some rows of a node, and the pairs that they belong to.
+
+  `matrices` are they as (rows, layers, rank, rest).
+  """
+
+  node: int
+  rows: list[int]
+  pairs: list[int]
+  layout: _lora.Layout
+  leaves: jax.Array
+  matrices: jax.Array
+
+
+def _rows_of(node: _visits.Visit, array: jax.Array, rows: list[int]) -> jax.Array:
+  whole = array.reshape(len(node.places), *node.shape)
+  return whole if rows == list(range(len(node.places))) else whole[np.array(rows)]
+
+
+def _terms(params: Any, found: list[_Term]) -> Any:
+  """The terms as a tree like `params`, absent where there is none."""
+  nodes = _visits.nodes(params)
+  leaves, structure = _leaves.flat(params)
+  joined: list[Any] = [None] * len(leaves)
+  for i, node in enumerate(nodes):
+    mine = [term for term in found if term.node == i]
+    if mine:
+      rows = [row for term in mine for row in term.rows]
+      rest = sorted(set(range(len(node.places))) - set(rows))
+      parts = [term.value for term in mine]
+      if rest:
+        parts.append(jnp.zeros((len(rest), *parts[0].shape[1:]), parts[0].dtype))
+      value, rows = jnp.concatenate(parts), rows + rest
+      value = value if rows == sorted(rows) else value[np.argsort(rows)]
+      joined[i] = value.reshape(leaves[i].shape)
+  return structure.unflatten(joined)
+
+
+def _each_matrix(function: Callable[..., jax.Array], params: Any, taken: set[int]) -> list[_Term]:
+  found = []
+  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
+    rows = [r for r, place in enumerate(node.places) if place not in taken]
+    if rows and not _leaves.is_absent(array) and len(node.shape) == 2 and array.size:
+      leaves = _upcast(_rows_of(node, jnp.asarray(array), rows))
+      value = jax.vmap(function)(leaves) if node.stacked else function(leaves[0])[None]
+      found.append(_Term(i, rows, value))
+  return found
 
 
 def _upcast(x: Any) -> jax.Array:
   return jnp.asarray(x).astype(_numerics.compute_dtype(x.dtype))
 
 
-def _product(*factors: jax.Array) -> jax.Array:
-  result = factors[0]
-  for factor in factors[1:]:
-    result = jnp.matmul(result, factor, precision=lax.Precision.HIGHEST)
-  return result
-
-
-def _gram(x: jax.Array) -> jax.Array:
-  return _product(x, jnp.swapaxes(x, -1, -2))
-
-
-def _pair_gradients(
-  pairs: list[_lora.Pair], leaves: list[Any], emphasis: Scalar
-) -> dict[int, jax.Array]:
-  """Gradient of the weighted nuclear norm for each leaf of each pair, by its place."""
+def _pair_gradients(pairs: list[_lora.Pair], params: Any, emphasis: Scalar) -> list[_Term]:
+  """Gradient of the weighted nuclear norm for each factor of each pair."""
+  shapes = {place.index: leaf for place, leaf in _visits.members(params)}
   groups: dict[Any, list[_lora.Pair]] = defaultdict(list)
   for pair in pairs:
-    if leaves[pair.down].size and leaves[pair.up].size:
-      dtype = _numerics.compute_dtype(leaves[pair.down].dtype, leaves[pair.up].dtype)
-      groups[pair.rank, dtype].append(pair)
-  result: dict[int, jax.Array] = {}
-  for (_, dtype), group in groups.items():
-    downs = [_lora.to_matrix(leaves[p.down].astype(dtype), p.down_layout) for p in group]
-    ups = [_lora.to_matrix(leaves[p.up].astype(dtype), p.up_layout) for p in group]
-    kernels = _pair_kernels(
-      jnp.concatenate([_gram(x) for x in downs]), jnp.concatenate([_gram(x) for x in ups]), emphasis
-    )
-    start = 0
-    for pair, down, up in zip(group, downs, ups):
-      stop = start + down.shape[0]
-      for index, layout, factor, kernel in (
-        (pair.down, pair.down_layout, down, kernels[0][start:stop]),
-        (pair.up, pair.up_layout, up, kernels[1][start:stop]),
-      ):
-        result[index] = _lora.from_matrix(_product(kernel, factor), layout, leaves[index])
-      start = stop
-  return result
+    down, up = shapes[pair.down], shapes[pair.up]
+    if down.size and up.size:
+      dtype = _numerics.compute_dtype(down.dtype, up.dtype)
+      layers = math.prod(down.shape[:pair.down_layout.batch_axes])
+      groups[pair.rank, layers, dtype].append(pair)
+  return [
+    term for (rank, layers, dtype), group in groups.items()
+    for term in _group_gradients(group, params, dtype, emphasis)
+  ]
 
 
-def _pair_kernels(
-  down: jax.Array, up: jax.Array, emphasis: Scalar
-) -> tuple[jax.Array, jax.Array]:
-  """Rank x rank matrices that turn each factor into its gradient.
-
-  With `T` the square root of `A A^T` and `T (B^T B) T = Q S^2 Q^T`, the singular values of `B A`
-  are `S`, and the gradients of `sum(w S)` are `B (T Q w/S Q^T T)` and `(B^T B T Q w/S Q^T T^-1) A`,
-  with the pseudo-inverse where `A A^T` is singular (more rank than inputs).
-  """
-  down_size, up_size = _sizes(down), _sizes(up)
-  down, up = down * _numerics.reciprocal(down_size), up * _numerics.reciprocal(up_size)
-  values, vectors = jnp.linalg.eigh(down)
-  root, inverse = _root(values)
-  left = _product(vectors * root[:, None, :], jnp.swapaxes(vectors, -1, -2))
-  left_inverse = _product(vectors * inverse[:, None, :], jnp.swapaxes(vectors, -1, -2))
-  values, vectors = jnp.linalg.eigh(_product(left, up, left))
-  sigma, sigma_inverse = _root(values)
-  weight = _weights(sigma, emphasis)
-  turned = _product(left, vectors) * (weight * sigma_inverse)[:, None, :]
-  back = jnp.swapaxes(vectors, -1, -2)
-  ratio = jnp.sqrt(down_size * _numerics.reciprocal(up_size))
-  for_down = _product(up, turned, back, left_inverse)
-  return for_down * _numerics.reciprocal(ratio), _product(turned, back, left) * ratio
+def _group_gradients(
+  group: list[_lora.Pair], params: Any, dtype: Any, emphasis: Scalar
+) -> list[_Term]:
+  """Those of pairs of one rank, in one batch of small matrices."""
+  sides = (
+    _factors({p.down: (i, p.down_layout) for i, p in enumerate(group)}, params, dtype),
+    _factors({p.up: (i, p.up_layout) for i, p in enumerate(group)}, params, dtype),
+  )
+  grams = [_in_order([_spectra.gram(f.matrices) for f in side], side) for side in sides]
+  down, up = (x.reshape(-1, *x.shape[2:]) for x in grams)
+  kernels = _spectra.pair_kernels(down, up, emphasis)
+  found = []
+  for side, kernel in zip(sides, kernels):
+    kernel = kernel.reshape(len(group), -1, *kernel.shape[1:])
+    for f in side:
+      own = kernel if f.pairs == list(range(len(group))) else kernel[np.array(f.pairs)]
+      back = jax.vmap(functools.partial(_lora.from_matrix, layout=f.layout))
+      found.append(_Term(f.node, f.rows, back(_spectra.product(own, f.matrices), like=f.leaves)))
+  return found
 
 
-def _sizes(gram: jax.Array) -> jax.Array:
-  return jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None]
+def _factors(
+  wanted: dict[int, tuple[int, _lora.Layout]], params: Any, dtype: Any
+) -> list[_Factors]:
+  """The factors at the places of `wanted`, those of one node and layout together."""
+  found = []
+  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
+    layouts: dict[_lora.Layout, list[tuple[int, int]]] = defaultdict(list)
+    for row, place in enumerate(node.places):
+      if place in wanted:
+        pair, layout = wanted[place]
+        layouts[layout].append((row, pair))
+    for layout, members in layouts.items():
+      rows, pairs = (list(column) for column in zip(*members))
+      leaves = _rows_of(node, jnp.asarray(array), rows).astype(dtype)
+      matrices = jax.vmap(functools.partial(_lora.to_matrix, layout=layout))(leaves)
+      found.append(_Factors(i, rows, pairs, layout, leaves, matrices))
+  return found
 
 
-def _root(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Square roots of eigenvalues and their inverses; both 0 below the cut-off."""
-  keep = values > _CUTOFF * jnp.max(values, axis=-1, keepdims=True)
-  root = jnp.sqrt(jnp.where(keep, values, jnp.ones_like(values)))
-  return jnp.where(keep, root, 0), jnp.where(keep, 1 / root, 0)
-
-
-def _weights(sigma: jax.Array, emphasis: Scalar) -> jax.Array:
-  largest = jnp.max(sigma, axis=-1, keepdims=True)
-  relative = sigma * _numerics.reciprocal(largest)
-  return ((1 + _FLOOR) / (relative + _FLOOR)) ** (_numerics.scalar(emphasis, sigma.dtype) - 1)
-
-
-def _polar_factor(x: jax.Array) -> jax.Array:
-  """`U V^T` of a matrix: Muon's steep quintic to come near, the classical cubic to arrive."""
-  tall = x.shape[0] > x.shape[1]
-  y = (x.T if tall else x) * _numerics.reciprocal(_numerics.norm(x))
-  for _ in range(_MUON_STEPS):
-    gram = _gram(y)
-    y = 3.4445 * y + _product(-4.7750 * gram + 2.0315 * _product(gram, gram), y)
-  for _ in range(_CUBIC_STEPS):
-    y = 1.5 * y - 0.5 * _product(_gram(y), y)
-  return y.T if tall else y
-
-
-def _energy_gradient(x: jax.Array) -> jax.Array:
-  gram = _gram(x if x.shape[0] <= x.shape[1] else x.T)
-  if gram.shape[0] <= _LARGEST:
-    return jnp.trace(gram) * x
-  return jnp.sum(jnp.linalg.eigvalsh(gram)[-_LARGEST:]) * x
+def _in_order(parts: list[jax.Array], side: list[_Factors]) -> jax.Array:
+  """The parts of one side in the order of the pairs."""
+  order = [pair for f in side for pair in f.pairs]
+  joined = jnp.concatenate(parts)
+  return joined if order == sorted(order) else joined[np.argsort(order)]

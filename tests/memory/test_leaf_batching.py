@@ -1,0 +1,259 @@
+"""with_leaf_batching: the same numbers from few arrays, for any per-leaf transformation."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import trees
+from cases import CASES, EVERYTHING, RARE
+from storages import INNERS
+
+import hina_optax as ho
+from hina_optax import memory
+
+
+def layers(count=3, dtype=jnp.float32):
+  """Leaves that are alike, under names in an order that mixes the shapes, and some that are not."""
+  rng = np.random.default_rng(7)
+  make = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+  tree = {
+    f"l{i}": {"bias": make(5), "lora_a": make(6, 2), "lora_b": make(2, 5)} for i in range(count)
+  }
+  other = {"lora_a": make(8, 2), "lora_b": make(2, 5)}
+  return {**tree, "other": other, "scale": make(), "shift": make(), "empty": make(0, 3),
+          "conv": {"a": make(3, 3, 2, 4), "b": make(3, 3, 2, 4)}, "absent": None}
+
+
+def both(case):
+  if case.kind == "alias":
+    return (case.factory(**case.kwargs, leaf_batching=False),
+            case.factory(**case.kwargs, leaf_batching=True))
+  return case.make(), memory.with_leaf_batching(case.make())
+
+
+def steps(params, count=4):
+  """Gradients, of which the second misses a row of a stack and the third a leaf of its own."""
+  gradients = trees.sequence(params, count)
+  gradients[1]["l1"]["lora_b"] = None
+  gradients[1]["l1"]["lora_a"] = None
+  gradients[2]["empty"] = None
+  return gradients
+
+
+# What the alias has on by default is in the case with everything on.
+@pytest.mark.parametrize("case", [
+  pytest.param(c, marks=[pytest.mark.slow] if c.name in (*RARE, "hina_adaptive-defaults") else [])
+  for c in CASES
+], ids=str)
+def test_batched_is_unbatched(case):
+  params = layers()
+  plain, batched = both(case)
+  expected = trees.run(plain, params, steps(params), apply=False)[1]
+  actual = trees.run(batched, params, steps(params), apply=False)[1]
+  trees.assert_close(actual, expected, 2e-6, 2e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in INNERS if n not in ("clip_adam", "hina")])
+def test_foreign_transformations(name):
+  params = {k: v for k, v in layers().items() if k not in ("absent", "empty")}
+  gradients = trees.sequence(params, 4)
+  expected = trees.run_optax(INNERS[name](), params, gradients)[0]
+  actual = trees.run_optax(memory.with_leaf_batching(INNERS[name]()), params, gradients)[0]
+  trees.assert_close(actual, expected, 1e-5, 1e-6)
+
+
+def test_a_chain_of_our_parts_keeps_its_numbers_of_leaves():
+  def chain():
+    core = ho.cautious(ho.scale_by_hina(torque="average"))
+    return optax.chain(ho.suppress_edges(0.5, 0.2), core, optax.scale(-0.1))
+
+  params = layers()
+  gradients = trees.sequence(params, 4)
+  tx = memory.with_leaf_batching(chain())
+  actual, _, state = trees.run(tx, params, gradients)
+  trees.assert_close(actual, trees.run(chain(), params, gradients)[0], 2e-6, 1e-6)
+  assert optax.tree.get(state, "torque")["*/lora_a[6x2]"].shape == (3, 1)
+  assert 0 < ho.get_optimization_info(state)["figures"]["alignment"] <= 1
+
+
+@pytest.mark.parametrize("inner", [
+  optax.chain(optax.clip_by_global_norm(1.0), optax.scale(0.1)),
+  optax.contrib.prodigy(),
+  optax.chain(ho.scale_by_importance(ho.scale_by_hina(), interval=2), optax.scale(-0.1)),
+])
+def test_an_inner_that_looks_across_leaves_is_refused(inner):
+  params = layers()
+  tx = memory.with_leaf_batching(inner)
+  with (jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=r"depends on .*'l[01]/") as caught):
+    tx.update(params, tx.init(params), params)
+  assert "outside of the wrapper" in str(caught.value)
+
+
+def test_state_is_one_dict_of_stacks_in_the_structure_of_the_inner():
+  params = layers()
+  tx = memory.with_leaf_batching(optax.adamw(1e-3))
+  state = tx.init(params)
+  shapes = {name: x.shape for name, x in optax.tree.get(state, "mu").items()}
+  assert shapes == {
+    "*/bias[5]": (3, 5), "*/lora_a[6x2]": (3, 6, 2), "*/lora_b[2x5]": (4, 2, 5), "*[]": (2,),
+    "conv/*[3x3x2x4]": (2, 3, 3, 2, 4), "other/lora_a": (8, 2), "empty": (0, 3),
+  }
+  assert isinstance(optax.tree.get(state, "count"), jax.Array)
+  assert optax.tree.get(state, "count").shape == ()
+  noted = []
+  optax.tree.map_params(tx, lambda x: noted.append(x.shape) or x, state)
+  assert sorted(noted) == sorted(2 * list(shapes.values()))
+  paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+  assert len([p for p in paths if re.search("mu.*lora_b", p)]) == 1
+
+
+def test_a_missing_gradient_leaves_its_row_alone():
+  params = layers()
+  tx = ho.hina_adaptive(1e-2, **EVERYTHING, leaf_batching=True)
+  gradients = trees.sequence(params, 3)
+  _, _, old = trees.run(tx, params, gradients[:2], apply=False)
+  gradients[2]["l1"]["lora_a"] = None
+  updates, new = jax.jit(tx.update)(gradients[2], old, params)
+  assert updates["l1"]["lora_a"] is None
+  for name in ("mu", "nu", "displacement", "bumps", "local_variance", "background"):
+    before, after = (optax.tree.get(s, name)["*/lora_a[6x2]"] for s in (old, new))
+    trees.assert_equal(after[1], before[1])
+    assert not np.array_equal(after[0], before[0]), name
+  place = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+  place = next(i for i, p in enumerate(place) if jax.tree_util.keystr(p) == "['l1']['lora_a']") + 1
+  torque = [optax.tree.get(s, "torque") for s in (old, new)]
+  assert torque[0][place] == torque[1][place]
+  assert torque[0][place - 1] != torque[1][place - 1]
+
+
+def test_the_program_does_not_grow_with_equal_leaves():
+  def operations(count):
+    params = {f"l{i}": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 8))}
+              for i in range(count)}
+    tx = ho.hina_adaptive(1e-3, **EVERYTHING, leaf_batching=True)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    return text.count("dot_general"), text.count("sqrt"), text.count("stablehlo.select")
+
+  assert operations(6) == operations(40)
+
+
+def test_rows_taken_out_one_by_one_are_those_taken_out_at_once():
+  """More rows than a chunk holds, and 2-byte numbers, which take the other way."""
+  cases = ((1200, jnp.float32), (12, jnp.float32), (12, jnp.bfloat16), (3, jnp.float32))
+  for count, dtype in cases:
+    params = {f"p{i:04}": jnp.full((3,), i, dtype) for i in range(count)}
+    tx = memory.with_leaf_batching(optax.identity())
+    for run in (tx.update, jax.jit(tx.update)):
+      updates, _ = run(params, tx.init(params), params)
+      trees.assert_equal(updates, params)
+
+
+def test_nan_and_infinity_reach_their_own_leaf_alone():
+  params = layers()
+  g = trees.sequence(params, 1)[0]
+  g["l0"]["lora_a"] = jnp.full((6, 2), jnp.nan)
+  tx = memory.with_leaf_batching(ho.scale_by_hina())
+  updates, state = jax.jit(tx.update)(g, tx.init(params), params)
+  assert jnp.isnan(updates["l0"]["lora_a"]).all()
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates["l1"], updates["l2"], state)))
+
+
+def test_groups_of_one_dtype_one_kind_and_a_limit():
+  params = layers()
+  params["l0"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["l0"])
+
+  def names(**options):
+    tx = memory.with_leaf_batching(ho.scale_by_hina(), **options)
+    return {name for name in tx.init(params).mu if "*" in name}
+
+  assert names() == {"*/bias[5]", "*/lora_a[6x2]", "*/lora_b[2x5]", "*[]", "conv/*[3x3x2x4]"}
+  assert names(max_elements=5) == {"*/bias[5]", "*[]"}
+  assert "*/bias[5]" not in names(kind=lambda path, leaf: path)
+  state = memory.with_leaf_batching(ho.scale_by_hina()).init(params)
+  assert state.mu["*/bias[5]"].shape == (2, 5)
+  tx = ho.hina_adaptive(1e-3, leaf_batching=True)
+  u, _ = jax.jit(tx.update)(params, tx.init(params), params)
+  assert [x.dtype for x in jax.tree.leaves(u)] == [x.dtype for x in jax.tree.leaves(params)]
+
+
+def test_gradients_of_mixed_dtypes_in_one_stack():
+  params = {f"l{i}": jnp.ones((4, 4)) for i in range(3)}
+  g = {**params, "l1": jnp.ones((4, 4), jnp.bfloat16)}
+  tx, plain = (ho.hina_adaptive(1e-3, leaf_batching=b) for b in (True, False))
+  trees.assert_close(tx.update(g, tx.init(params), params)[0],
+                     plain.update(g, plain.init(params), params)[0])
+
+
+def test_a_weight_decay_mask_and_axes_by_path_split_the_stacks():
+  params = {f"l{i}": jnp.ones((4, 4)) for i in range(4)}
+  options = dict(
+    use_agr=False, weight_decay=0.5, edge_suppression=True,
+    weight_decay_mask={"l0": True, "l1": False, "l2": True, "l3": False},
+    spatial_axes=lambda path, leaf: (0,) if path in ("l2", "l3") else (0, 1),
+  )
+  gradients = trees.sequence(params, 3)
+  tx = ho.hina_adaptive(1e-2, **options, leaf_batching=True)
+  actual, _, state = trees.run(tx, params, gradients)
+  plain = trees.run(ho.hina_adaptive(1e-2, **options, leaf_batching=False), params, gradients)[0]
+  trees.assert_close(actual, plain, 2e-6, 1e-6)
+  assert set(optax.tree.get(state, "mu")) == {"l0", "l1", "l2", "l3"}
+  by_path = memory.with_leaf_batching(ho.suppress_edges(spatial_axes=options["spatial_axes"]))
+  with pytest.raises(ValueError, match="'l0' and another answer for 'l2'"):
+    by_path.init(params)
+
+
+def test_nothing_to_stack_changes_nothing():
+  params = trees.mixed()
+  state = memory.with_leaf_batching(optax.adamw(1e-3)).init(params)
+  assert jax.tree.structure(state) == jax.tree.structure(optax.adamw(1e-3).init(params))
+
+
+def test_masks_outside_donation_shapes_and_the_limit_of_the_alias(tmp_path):
+  params = {name: x for name, x in layers().items() if name != "empty"}  # Orbax saves none
+  tx = ho.hina_adaptive(1e-2, leaf_batching=True)
+  masked = optax.masked(tx, jax.tree.map(lambda x: x.ndim == 2, params))
+  updates, _ = jax.jit(masked.update)(params, masked.init(params), params)
+  trees.assert_equal(updates["conv"], params["conv"])
+  state = tx.init(params)
+  assert trees.dtypes(jax.eval_shape(tx.init, params)) == trees.dtypes(state)
+  small = memory.with_leaf_batching(tx, max_elements=5)
+  assert set(optax.tree.get(small.init(params), "mu")) >= {"l0/lora_a", "*/bias[5]"}
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    trees.assert_equal(checkpointer.restore(tmp_path / "state", state), state)
+  step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=(0, 1))
+  gradients = jax.tree.map(jnp.copy, params)
+  for _ in range(2):
+    gradients, state = step(gradients, state, params)
+  assert ho.get_optimization_info(state, tx)["figures"]["step"] == 2
+
+
+@pytest.mark.parametrize("storage", ["reduce_precision", "vram"])
+def test_plans_store_stacks(storage):
+  params = {f"l{i}": jnp.ones((64, 32)) for i in range(6)}
+  narrow = storage == "reduce_precision"
+  options = {"reduce_precision": True} if narrow else {"vram_budget_gb": 3e-4}
+  tx = ho.hina_adaptive(1e-2, **options, leaf_batching=True)
+  state = tx.init(params)
+  assert ho.plan_memory(tx, params).state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+  smaller, moved = ho.optimize_for_vram(tx, state, params, 1.0)
+  updates, _ = jax.jit(smaller.update)(params, moved, params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+  ({"max_elements": 0}, "max_elements must lie in"),
+  ({"max_elements": 2.5}, "whole number"),
+  ({"kind": 3}, "kind must be None or a function"),
+])
+def test_bad_arguments(arguments, error):
+  with pytest.raises((ValueError, TypeError), match=error):
+    memory.with_leaf_batching(optax.adam(1e-3), **arguments)
+  with pytest.raises(TypeError, match="inner must be an optax transformation"):
+    memory.with_leaf_batching(3)
