@@ -44,10 +44,12 @@ def steps(params, count=4):
   return gradients
 
 
-# What the alias has on by default is in the case with everything on.
+# What these have on is in the case with everything on, or batched as a part by itself.
+COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-everything")
+
+
 @pytest.mark.parametrize("case", [
-  pytest.param(c, marks=[pytest.mark.slow] if c.name in (*RARE, "hina_adaptive-defaults") else [])
-  for c in CASES
+  pytest.param(c, marks=[pytest.mark.slow] if c.name in COVERED else []) for c in CASES
 ], ids=str)
 def test_batched_is_unbatched(case):
   params = layers()
