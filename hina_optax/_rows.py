@@ -33,7 +33,6 @@ def aware(inner: optax.GradientTransformation) -> Part:
         return frame.flatten(inner.init({frame.name: row}))
 
       array = frame.shaped(array)
-
       run = jax.vmap(alone, out_axes=frame.axes) if frame.many(array) else alone
       states.append(run(array))
     return _merged(frames, states, params.layout)
