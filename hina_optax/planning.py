@@ -56,7 +56,7 @@ def plan_memory(
     `vram_budget_gb` and `memory_efficient` of `HinaAdaptive`.
   """
   if vram_budget_gb is not None:
-    _checks.number("vram_budget_gb", vram_budget_gb, open_low=True)
+    check_budget("vram_budget_gb", vram_budget_gb)
   _checks.number("reserve_gb", reserve_gb)
   reserve = int(reserve_gb * memory.GB)
   shapes = jax.eval_shape(lambda tree: tree, params)
@@ -110,15 +110,25 @@ def optimize_for_vram(
       "optimizer must be what hina_adaptive returned, got "
       f"{type(optimizer).__name__}: of any other only plan_memory knows the state."
     )
-  _checks.number("target_vram_gb", target_vram_gb, open_low=True)
+  check_budget("target_vram_gb", target_vram_gb)
   _checks.number("reserve_gb", reserve_gb)
-  old = optimizer.decide(params)
   # The reserve is taken off the budget, so that the new options alone give the same plan.
   room = max(target_vram_gb - reserve_gb, 1e-9)
   new = alias.build(_with_budget(optimizer.options, room))
-  decision = new.decide(params)
-  opened = memory.open_state(old, state, params)
-  return new, memory.store_state(decision, opened, params)
+  return new, move_state(optimizer, new, state, params)
+
+
+def check_budget(name: str, gb: float) -> None:
+  """Refuses a budget that is not above 0."""
+  _checks.number(name, gb, open_low=True)
+
+
+def move_state(
+  old: HinaTransformation, new: HinaTransformation, state: Any, params: Any
+) -> Any:
+  """A state of `old` in the plan of `new`, which differs in memory options only."""
+  opened = memory.open_state(old.decide(params), state, params)
+  return memory.store_state(new.decide(params), opened, params)
 
 
 def _options(optimizer: Any) -> HinaOptions | None:

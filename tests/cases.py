@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optax
@@ -183,7 +183,16 @@ ALIASES = (
 CASES = (*REGULARIZERS, *CORES, *MODULATORS, *DECAYS, *ALIASES)
 # Each costs many compilations of the whole chain; what is its own in it the parts' cases cover.
 RARE = ("hina_adaptive-grams-fast",)
-every_case = pytest.mark.parametrize(
-  "case", [pytest.param(c, marks=[pytest.mark.slow] if c.name in RARE else []) for c in CASES],
-  ids=str,
-)
+
+
+def some(cases: Iterable[Case], slow: Iterable[str]) -> Any:
+  """Parametrizes over `cases`, those named in `slow` only where slow tests run."""
+  marked = [pytest.param(c, marks=[pytest.mark.slow] if c.name in slow else []) for c in cases]
+  return pytest.mark.parametrize("case", marked, ids=str)
+
+
+every_case = some(CASES, RARE)
+# How a transformation is driven, rather than what it computes: of the chain the defaults stand for
+# all.
+DRIVEN = (*RARE, "hina_adaptive-everything", "hina_adaptive-compat-everything")
+every_driven_case = some(CASES, DRIVEN)

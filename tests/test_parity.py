@@ -69,6 +69,7 @@ def test_follows_the_original(name):
   check(name, scanned(optimizer(name), params, gradients))
 
 
+@pytest.mark.slow
 def test_follows_the_original_step_by_step_without_jit():
   params, gradients, _ = recorded()
   tx, state, trajectory = optimizer("seed_advanced"), None, []

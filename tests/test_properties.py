@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import ALIASES, CASES, CORES, Case, every_case
+from cases import ALIASES, CASES, CORES, DRIVEN, Case, every_case, every_driven_case, some
 
 import hina_optax as ho
 
@@ -126,7 +126,7 @@ def test_map_params_finds_the_state_that_is_like_the_parameters(case):
   assert len(big) * len(jax.tree.leaves(params)) == len(shapes)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.factory], ids=str)
+@some([c for c in CASES if c.factory], DRIVEN)
 def test_inject_hyperparams_changes_nothing(case):
   params = trees.mixed()
   plain = case.factory(**case.kwargs)
@@ -138,7 +138,7 @@ def test_inject_hyperparams_changes_nothing(case):
   assert all(isinstance(v, jax.Array) for v in state.hyperparams.values())
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("alias", "decay")], ids=str)
+@some([c for c in CASES if c.kind in ("alias", "decay")], DRIVEN)
 def test_a_constant_schedule_is_the_constant(case):
   if "learning_rate" not in case.kwargs:
     scheduled = functools.partial(case.factory, **case.kwargs, learning_rate=lambda _: 0.1)()
@@ -166,7 +166,7 @@ def test_a_schedule_reaches_every_learning_rate():
     assert float(jnp.abs(moved["square"] - params["square"]).max()) > 1e-3
 
 
-@every_case
+@every_driven_case
 def test_multi_steps_holds_back_the_updates(case):
   tx, params = case.make(), trees.mixed()
   wrapped = optax.MultiSteps(tx, every_k_schedule=2)
@@ -193,7 +193,7 @@ def test_masked_leaves_pass_and_cost_nothing(case):
   assert not any(x.shape == params["square"].shape for x in jax.tree.leaves(state))
 
 
-@every_case
+@every_driven_case
 def test_partition_and_none_leaves(case):
   params = trees.mixed()
   labels = jax.tree.map(lambda p: "ours" if p.ndim != 1 else "frozen", params)
@@ -251,7 +251,7 @@ def test_x64(case):
     assert all(u.dtype == jnp.float64 for u in jax.tree.leaves(updates))
 
 
-@every_case
+@every_driven_case
 def test_vmap_is_a_loop(case):
   tx = case.make()
   runs = [trees.mixed(seed=s) for s in (0, 1)]
