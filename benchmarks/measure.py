@@ -139,6 +139,11 @@ class Training:
     self._params = jax.tree.map(jnp.array, params)
     self._state = jax.tree.map(jnp.copy, tx.init(self._params))
 
+  @property
+  def arrays(self) -> Any:
+    """What it holds."""
+    return self._state, self._params, self._gradients
+
   def block(self, steps: int) -> float:
     """Runs steps; gives seconds a step."""
     start = time.perf_counter()

@@ -36,19 +36,19 @@ class TorchTraining:
     self._params = [torch.nn.Parameter(_tensor(x)) for x in jax.tree.leaves(params)]
     for parameter, gradient in zip(self._params, jax.tree.leaves(gradients)):
       parameter.grad = _tensor(gradient)
-    self._optimizer = make(self._params)
+    self.optimizer = make(self._params)
 
   def block(self, steps: int) -> float:
     """Runs steps; gives seconds a step."""
     start = time.perf_counter()
     for _ in range(steps):
-      self._optimizer.step()
+      self.optimizer.step()
     return (time.perf_counter() - start) / steps
 
   def state_bytes(self) -> int:
     """Bytes of all tensors of state."""
     import torch
-    held = [v for state in self._optimizer.state.values() for v in state.values()]
+    held = [v for state in self.optimizer.state.values() for v in state.values()]
     return sum(v.numel() * v.element_size() for v in held if isinstance(v, torch.Tensor))
 
 
@@ -86,4 +86,5 @@ def load_reference(path: pathlib.Path) -> Any:
 
 def _tensor(array: Any) -> Any:
   import torch
-  return torch.from_numpy(np.array(np.transpose(np.asarray(array)), order="C"))
+  # Allocated by torch, and so aligned as a model's tensors are.
+  return torch.from_numpy(np.transpose(np.asarray(array)).copy()).clone()

@@ -139,7 +139,7 @@ class HinaAdaptive(BridgedOptimizer):
       What `hina_optax.get_optimization_info` does: `features`, `memory_optimization`, `figures`,
       `options`; over all groups.
     """
-    return info.get_optimization_info(self._states(), self._options)
+    return info.get_optimization_info(self.states(), self._options)
 
   def get_memory_stats(self) -> dict[str, Any]:
     """Says how much memory is in use, against `vram_budget_gb` if it is given.
@@ -151,7 +151,7 @@ class HinaAdaptive(BridgedOptimizer):
       What `hina_optax.get_memory_stats` does: `memory_pressure`, `used_mb`, `limit_mb`, `peak_mb`,
       `source`, `buffer_pool_stats`.
     """
-    states = self._states()
+    states = self.states()
     stats = info.get_memory_stats(states, self._options)
     device = self.param_groups[0]["params"][0].device
     if device.type == "cuda":

@@ -104,7 +104,8 @@ class BridgedOptimizer(torch.optim.Optimizer):
             f"Parameter '{name}' has a sparse gradient; only dense ones can be taken. Create its "
             "Embedding with sparse=False, or train it by torch.optim.SparseAdam.")
 
-  def _states(self) -> tuple[Any, ...]:
+  def states(self) -> tuple[Any, ...]:
+    """The optimizer states, one for parameters that began together, as JAX arrays."""
     self._begin()
     return tuple(cohort.state for cohorts in self._cohorts for cohort in cohorts)
 

@@ -1,6 +1,6 @@
 """Memory that both frameworks see: tensors into arrays and back, without a copy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ DTYPES = {
 }
 # NumPy has no bfloat16 of its own: it travels as the integers that it is made of.
 _BITS = {torch.bfloat16: torch.int16}
+# Elements that a second core would not copy any faster.
+_ONE_CORE = 1 << 20
 
 
 def check_parameters(names: Sequence[str], params: Sequence[torch.Tensor]) -> None:
@@ -89,15 +91,26 @@ def view(tensor: torch.Tensor) -> Any:
   return tensor.view(bits).numpy().view(np.dtype(DTYPES[tensor.dtype]))
 
 
-def write(tensors: Iterable[torch.Tensor], arrays: Sequence[jax.Array]) -> None:
+def write(tensors: Sequence[torch.Tensor], arrays: Sequence[jax.Array]) -> None:
   """Copies arrays into tensors, in place: their storage, views and hooks stay what they are."""
-  if all(device.platform == "cpu" for x in arrays[:1] for device in x.devices()):
+  pairs = list(zip(tensors, arrays))
+  if arrays and all(device.platform == "cpu" for device in arrays[0].devices()):
     jax.block_until_ready(arrays)
-    news = [torch.utils.dlpack.from_dlpack(x.__dlpack__()) for x in arrays]
-  else:
-    news = [torch.from_dlpack(x) for x in arrays]
-  for tensor, new in zip(tensors, news):
-    tensor.copy_(new)
+    pairs = _write_small(pairs)
+  for tensor, array in pairs:
+    tensor.copy_(torch.from_dlpack(array))
+
+
+def _write_small(pairs: Sequence[tuple[torch.Tensor, jax.Array]]) -> list[Any]:
+  """Copies on one core what is small and in order; returns the rest.
+
+  torch's copy wakes all its threads from 32768 elements on, which fight JAX's for the cores.
+  """
+  small = [p for p in pairs if p[0].numel() <= _ONE_CORE and p[0].is_contiguous()]
+  for tensor, array in small:
+    np.copyto(view(tensor), np.asarray(array))
+  torch.autograd.graph.increment_version([tensor for tensor, _ in small])
+  return [p for p in pairs if p[0].numel() > _ONE_CORE or not p[0].is_contiguous()]
 
 
 def to_torch(array: Any) -> torch.Tensor:
