@@ -27,6 +27,9 @@ bench: $(VENV)/.installed
 	for tree in lora420 lora_sdxl dense17m; do \
 		$(BIN)/python benchmarks/speed.py --tree $$tree \
 			--output benchmarks/results/speed_$$tree.json || exit 1; done
+	for tree in lora420 lora_sdxl; do \
+		$(BIN)/python benchmarks/bridge.py --tree $$tree \
+			--output benchmarks/results/bridge_$$tree.json || exit 1; done
 	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json \
 		--plot benchmarks/results/growth.png
 

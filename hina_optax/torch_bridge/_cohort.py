@@ -28,6 +28,7 @@ class Cohort:
     self.members, self.names, self.rule = tuple(members), tuple(names), rule
     self._windows = [_tensors.Window() for _ in self.members]
     self._steps: dict[tuple[bool, ...], Any] = {}
+    self._number = np.dtype(jax.dtypes.canonicalize_dtype(np.float64)).type
     params = self.params(group)
     _tensors.check_parameters([self.names[i] for i in self.members], params)
     self._device = _tensors.jax_device(params[0].device)
@@ -66,7 +67,7 @@ class Cohort:
     self._move_to(params[0].device)
     arrays = [window.look(p) for window, p in zip(self._windows, params)]
     grads = [_tensors.view(p.grad) for p in params if p.grad is not None]
-    numbers = {name: np.float32(group[name]) for name in self.rule.numbers}
+    numbers = {name: self._number(group[name]) for name in self.rule.numbers}
     if present not in self._steps:
       self._steps[present] = self._compiled(present)
     self.state, news = self._steps[present](self.state, arrays, grads, numbers)
