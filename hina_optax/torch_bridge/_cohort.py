@@ -2,15 +2,28 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import torch
-from jax import lax
 
 from hina_optax.torch_bridge import _rules, _tensors
+
+
+class Launched(NamedTuple):
+  """An update that may be on its way.
+
+  Attributes:
+    tensors: to write.
+    arrays: their new values.
+    inputs: held until these are written, since they may be copies that nobody else holds.
+  """
+
+  tensors: list[torch.Tensor]
+  arrays: list[jax.Array]
+  inputs: list[Any]
 
 
 class Cohort:
@@ -55,11 +68,8 @@ class Cohort:
     """Goes on with another rule from a state that fits it."""
     self.rule, self.state, self._steps = rule, state, {}
 
-  def launch(self, group: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[jax.Array]] | None:
-    """Begins an update; returns the tensors to write and their new values, which may be on the way.
-
-    `None` where no member has a gradient.
-    """
+  def launch(self, group: Mapping[str, Any], value: float | None = None) -> Launched | None:
+    """Begins an update; `None` where no member has a gradient. `value` is the loss, if known."""
     params = self.params(group)
     present = tuple(p.grad is not None for p in params)
     if not any(present):
@@ -68,10 +78,12 @@ class Cohort:
     arrays = [window.look(p) for window, p in zip(self._windows, params)]
     grads = [_tensors.view(p.grad) for p in params if p.grad is not None]
     numbers = {name: self._number(group[name]) for name in self.rule.numbers}
+    if value is not None:
+      numbers[_rules.VALUE] = self._number(value)
     if present not in self._steps:
       self._steps[present] = self._compiled(present)
     self.state, news = self._steps[present](self.state, arrays, grads, numbers)
-    return [p for p, there in zip(params, present) if there], news
+    return Launched([p for p, there in zip(params, present) if there], news, [arrays, grads])
 
   def compilations(self) -> int:
     """How often an update was compiled."""
@@ -84,13 +96,11 @@ class Cohort:
     # The state is donated and returned first: JAX pairs donated buffers with results in order.
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, params, grads, numbers):
-      # Behind the barrier no result is a parameter itself, whose memory torch will overwrite.
-      inputs = lax.optimization_barrier(params)
       given = iter(grads)
       updates = self.tree([next(given) if there else None for there in present])
-      updates, state = rule.update(updates, state, self.tree(inputs), numbers)
+      updates, state = rule.update(updates, state, self.tree(params), numbers)
       moves = [updates[self.names[i]] for i in self.members]
-      kept = [(p, u) for p, u, there in zip(inputs, moves, present) if there]
+      kept = [(p, u) for p, u, there in zip(params, moves, present) if there]
       return state, optax.apply_updates(*map(list, zip(*kept)))
 
     return step

@@ -1,5 +1,6 @@
 """What every bridged optimizer does as a `torch.optim.Optimizer`."""
 
+import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ class BridgedOptimizer(torch.optim.Optimizer):
       group = self.param_groups[index]
       shapes = [tuple(p.shape) for p in group["params"]]
       names = list(group.get("param_names") or _names.names_of(shapes))
+      _refuse_equal(names)
       _tensors.check_parameters(names, group["params"])
       self._group_names.append(names)
       numbers = self._rule(index, group).numbers
@@ -63,7 +65,8 @@ class BridgedOptimizer(torch.optim.Optimizer):
     """One update of all parameters that have a gradient.
 
     Args:
-      closure: computes the loss again and returns it.
+      closure: computes the loss again and returns it; transformations that ask for a `value` get
+        it.
 
     Returns:
       What `closure` returned, else `None`.
@@ -71,18 +74,19 @@ class BridgedOptimizer(torch.optim.Optimizer):
     Raises:
       ValueError: a sparse gradient. No parameter has changed then.
     """
-    loss = None
+    loss = value = None
     if closure is not None:
       with torch.enable_grad():
         loss = closure()
+      value = loss.item() if isinstance(loss, torch.Tensor) else loss
     self._refuse_sparse()
     self._begin()
     launched = [
-      cohort.launch(group)
+      cohort.launch(group, value)
       for group, cohorts in zip(self.param_groups, self._cohorts) for cohort in cohorts
     ]
-    for tensors, arrays in filter(None, launched):
-      _tensors.write(tensors, arrays)
+    for one in filter(None, launched):
+      _tensors.write(one.tensors, one.arrays)
     return loss
 
   def _begin(self) -> None:
@@ -169,6 +173,14 @@ class BridgedOptimizer(torch.optim.Optimizer):
     raise TypeError(
       f"{type(self).__name__} holds compiled programs and cannot be pickled or copied: save "
       "state_dict(), and load it into a new optimizer.")
+
+
+def _refuse_equal(names: list[str]) -> None:
+  equal = [name for name, count in collections.Counter(names).items() if count > 1]
+  if equal:
+    raise ValueError(
+      f"Several parameters of one group are named '{equal[0]}': each needs a name of its own, as "
+      "model.named_parameters() gives.")
 
 
 def _check_keys(group: Mapping[str, Any], numbers: Mapping[str, float]) -> None:

@@ -11,6 +11,8 @@ import optax
 Numbers = Mapping[str, Any]
 # What torch's schedulers call it, and what optax does.
 LEARNING_RATE = "learning_rate"
+# The loss that a closure returned, among the numbers of an update: optax calls it so too.
+VALUE = "value"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,11 @@ def rule_of(tx: optax.GradientTransformation, params: Any) -> Rule:
   numbers = {"lr": 1.0 if scaled else found.pop(LEARNING_RATE), **found}
 
   def update(updates: Any, state: Any, params: Any, numbers: Numbers) -> tuple[Any, Any]:
-    given = {name: x for name, x in numbers.items() if name != "lr"}
+    extra = {VALUE: numbers[VALUE]} if VALUE in numbers else {}
+    given = {name: x for name, x in numbers.items() if name not in ("lr", VALUE)}
     if not scaled:
       given[LEARNING_RATE] = numbers["lr"]
-    updates, state = tx.update(updates, _inject(state, given), params)
+    updates, state = tx.update(updates, _inject(state, given), params, **extra)
     return (_scale(updates, numbers["lr"]) if scaled else updates), state
 
   return Rule(tx.init, update, numbers)

@@ -236,6 +236,19 @@ def test_state_that_begins_as_the_parameters_is_not_their_memory():
   assert torch.equal(array, start)
 
 
+def test_state_that_becomes_the_parameters_is_not_their_memory():
+  weight = torch.nn.Parameter(torch.randn(8, 8))
+  before = optax.GradientTransformation(
+    lambda p: jax.tree.map(jnp.zeros_like, p), lambda u, s, p: (u, p))
+  optimizer = OptaxOptimizer([weight], optax.chain(before, optax.sgd(0.1)))
+  for _ in range(3):
+    expected = weight.detach().clone()
+    weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    (array,) = saved_state(optimizer, "0").values()
+    assert torch.equal(array, expected)
+
+
 def test_a_closure_is_called_with_gradients_on():
   model = dense_model()
   optimizer = OptaxOptimizer(model.parameters(), optax.sgd(0.1))
@@ -248,6 +261,32 @@ def test_a_closure_is_called_with_gradients_on():
 
   first = optimizer.step(closure)
   assert optimizer.step(closure) < first
+
+
+def test_the_loss_of_a_closure_reaches_transformations_that_ask_for_it():
+  weight = torch.nn.Parameter(torch.ones(3))
+  tx = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(0.5, patience=1, atol=1e-3))
+  optimizer = OptaxOptimizer([weight], tx)
+  losses = iter([1.0, torch.tensor(1.0), 1.0, 1.0])
+
+  def closure():
+    weight.grad = torch.ones(3)
+    return next(losses)
+
+  params = {"0": jnp.ones(3)}
+  state = tx.init(params)
+  for _ in range(4):
+    optimizer.step(closure)
+    updates, state = tx.update({"0": jnp.ones(3)}, state, params, value=jnp.float32(1.0))
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_array_equal(weight.detach().numpy(), np.asarray(params["0"]))
+  assert -1 < weight[0] < 0  # four steps of 1 would end at -3
+
+
+def test_equal_names_are_refused():
+  a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+  with pytest.raises(ValueError, match="named 'w'"):
+    OptaxOptimizer([("w", a), ("w", b)], optax.sgd(0.1))
 
 
 def test_groups_may_be_added_while_training():
