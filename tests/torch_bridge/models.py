@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
+# torch's threads wait by spinning: beside those of JAX one is enough.
+torch.set_num_threads(1)
+
 
 class LoraLayer(torch.nn.Module):
   """A frozen dense layer with a trained pair beside it, in the spelling and order of sd-scripts."""
