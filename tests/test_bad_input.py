@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES, EVERYTHING, every_case
+from cases import CASES, EVERYTHING, every_case, every_driven_case
 
 import hina_optax as ho
 
@@ -200,7 +200,7 @@ class TestLoraPairs:
       ho.add_rank_penalty().init({"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((3, 5))})
 
 
-@every_case
+@every_driven_case
 def test_zero_gradients_give_no_nan(case):
   params = trees.mixed()
   zero = jax.tree.map(jnp.zeros_like, params)

@@ -209,7 +209,7 @@ def test_partition_and_none_leaves(case):
   assert updates["square"] is None
 
 
-@every_case
+@every_driven_case
 def test_a_missing_gradient_leaves_its_leaf_and_state_alone(case):
   tx, params = case.make(), trees.mixed()
   gradients = trees.sequence(params, 2)

@@ -36,11 +36,11 @@ def both(case):
 
 
 def steps(params, count=4):
-  """Gradients, of which the second misses a row of a stack and the third a leaf of its own."""
+  """Gradients, of which the second misses a row of a stack and a leaf of its own."""
   gradients = trees.sequence(params, count)
   gradients[1]["l1"]["lora_b"] = None
   gradients[1]["l1"]["lora_a"] = None
-  gradients[2]["empty"] = None
+  gradients[1]["empty"] = None
   return gradients
 
 

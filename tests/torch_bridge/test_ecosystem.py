@@ -111,7 +111,8 @@ class Numbers(torch.utils.data.Dataset):
     return tuple(map(torch.from_numpy, batch(i)))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+  "context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_loader_change_nothing(context):
   def after(**options):
     model = dense_model()

@@ -53,7 +53,9 @@ def recorded():
 
 
 @pytest.mark.parametrize("with_names", [True, False], ids=["named", "unnamed"])
-@pytest.mark.parametrize("config", ["seed_advanced", "dynamic_adaptation_full", "lora_rank"])
+@pytest.mark.parametrize("config", [
+  pytest.param(name, marks=[] if name == "seed_advanced" else pytest.mark.slow) for name in CONFIGS
+  if name != "seed_advanced_bf16"])
 def test_compat_follows_the_original(config, with_names):
   names, inputs, trajectories = recorded()
   params = {n: torch.nn.Parameter(torch.from_numpy(inputs[f"param0/{n}"].copy())) for n in names}
@@ -91,9 +93,11 @@ def named(model):
   return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize(
-  "options", [{}, EVERYTHING, {"sd_scripts_compat": True}],
-  ids=["defaults", "everything", "compat"])
+@pytest.mark.parametrize("options", [
+  pytest.param({}, id="defaults"),
+  pytest.param(EVERYTHING, marks=pytest.mark.slow, id="everything"),
+  pytest.param({"sd_scripts_compat": True}, marks=pytest.mark.slow, id="compat"),
+])
 def test_two_hundred_steps_are_those_of_jax(options):
   model = lora_model()
   loss, params = jax_twin(model)

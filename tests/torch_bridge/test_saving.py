@@ -48,7 +48,9 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("make", [
+  pytest.param(make, marks=pytest.mark.slow if name == "compat" else [], id=name)
+  for name, make in MAKERS.items()])
 def test_goes_on_bit_for_bit(make):
   model = dense_model()
   optimizer = make(model.parameters())
