@@ -16,13 +16,13 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
 
   Attributes:
     options: the `HinaOptions`; `get_optimization_info` reads them.
-    decide: `decide(params)` gives the `MemoryPlan` for these shapes, and the transformation with
-      and without it; `plan_memory` and `optimize_for_vram` ask it.
+    decide: `decide(params, state=None)` gives the `MemoryPlan` for these shapes, and the
+      transformation with and without it; `plan_memory` and `optimize_for_vram` ask it.
     rebatched: `rebatched(max_elements)` is the same with another limit for stacked leaves.
   """
 
   options: HinaOptions
-  decide: Callable[[Any], memory.Decision]
+  decide: Callable[..., memory.Decision]
   rebatched: Callable[[int], "HinaTransformation"]
 
 
@@ -165,7 +165,8 @@ def hina_adaptive(
     leaf_batching: stack small leaves of equal shape (`with_leaf_batching`), which compiles LoRAs of
       hundreds of leaves in seconds; the state's trees become dicts of stacks. `None`: where any
       part is on beside Adam's moments and weight decay, which compile as fast leaf by leaf and
-      save the copies into stacks. `False` for parameters that are sharded: a stack gathers them.
+      save the copies into stacks. Sharded leaves stand alone. Where `init` is traced under a mesh
+      it cannot see which are, and `None` stacks nothing; without a mesh around it give `False`.
     max_batched_elements: elements up to which a leaf is small. `None`: 2**20.
 
   Returns:
@@ -199,8 +200,10 @@ def hina_adaptive(
 
 def build(o: HinaOptions) -> HinaTransformation:
   """The transformation that checked options describe."""
-  asked = functools.partial(_memory_options.decide, o, _chain.chain_of)
-  decided, decide = memory.decided_by_shapes(asked)
+  def asked(shapes: Any, apart: frozenset[str]) -> memory.Decision:
+    return _memory_options.decide(o, functools.partial(_chain.chain_of, apart=apart), shapes)
+
+  decided, decide = memory.decided_by_shapes(asked, careful=o.leaf_batching is None)
   chosen = decided if _memory_options.is_planned(o) else _chain.chain_of(o)
   transformation = HinaTransformation(chosen.init, chosen.update)
   transformation.options, transformation.decide = o, decide

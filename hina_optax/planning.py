@@ -1,13 +1,14 @@
 """Memory before and during training: `plan_memory` and `optimize_for_vram`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from hina_optax import _chain, _checks, _memory_options, alias, memory
+from hina_optax import _chain, _checks, _layouts, _memory_options, alias, memory
 from hina_optax.alias import HinaTransformation
 from hina_optax.options import HinaOptions
 
@@ -65,7 +66,8 @@ def plan_memory(
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
     return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
   options = _with_budget(options, vram_budget_gb)
-  return _memory_options.decide(options, _chain.chain_of, shapes, reserve).plan
+  build = functools.partial(_chain.chain_of, apart=_layouts.standing_alone(params))
+  return _memory_options.decide(options, build, shapes, reserve).plan
 
 
 def optimize_for_vram(
@@ -112,11 +114,11 @@ def optimize_for_vram(
     )
   _checks.number("target_vram_gb", target_vram_gb, open_low=True)
   _checks.number("reserve_gb", reserve_gb)
-  old = optimizer.decide(params)
+  old = optimizer.decide(params, state)
   # The reserve is taken off the budget, so that the new options alone give the same plan.
   room = max(target_vram_gb - reserve_gb, 1e-9)
   new = alias.build(_with_budget(optimizer.options, room))
-  decision = new.decide(params)
+  decision = new.decide(params, state)
   opened = memory.open_state(old, state, params)
   return new, memory.store_state(decision, opened, params)
 

@@ -21,9 +21,10 @@ FACTORIES = [
 REPORTS = {"get_optimization_info", "get_memory_stats", "optimize_for_vram"}
 # Lower may not import higher.
 LAYERS = [
-  {"_numerics", "_checks", "_rounding", "_stencils", "checkpoint_shapes"},
+  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
   {"_leaves"},
   {"_stacks"},
+  {"_layouts"},
   {"_visits", "_rows"},
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},
