@@ -10,6 +10,7 @@ import jax
 from hina_optax import _leaves, _shardings, _stacks
 
 _MADE: ContextVar[Any] = ContextVar("a state for which init is asked again", default=None)
+_NOTED: ContextVar[list[_stacks.Layout] | None] = ContextVar("layouts of an init", default=None)
 
 
 def layout_for(
@@ -18,16 +19,22 @@ def layout_for(
 ) -> _stacks.Layout | None:
   """How `tree` is stacked: as in `state` if there is one, else leaves of `apart` stand alone."""
   layout = _stacks.layout_of(tree, max_elements, kinds, apart)
-  state = _MADE.get() if state is None else state
-  if layout is None or state is None:
-    return layout
-  # Traced leaves show no sharding: what stood alone when the state was made, its keys say.
-  known = set(keys_in(state))
-  for others in (apart, *paths_in(state, tree)):
-    found = _stacks.layout_of(tree, max_elements, kinds, others)
-    if found is not None and found.names in known:
-      return found
+  state = made() if state is None else state
+  if layout is not None and state is not None:
+    # Traced leaves show no sharding: what stood alone when the state was made, its keys say.
+    known = set(keys_in(state))
+    others = (_stacks.layout_of(tree, max_elements, kinds, alone)
+              for alone in (apart, *paths_in(state, tree)))
+    layout = next((x for x in others if x is not None and x.names in known), layout)
+  noted = _NOTED.get()
+  if layout is not None and noted is not None:
+    noted.append(layout)
   return layout
+
+
+def made() -> Any:
+  """The state of the innermost `as_made`; `None` outside of any."""
+  return _MADE.get()
 
 
 def standing_alone(tree: Any, careful: bool = False) -> frozenset[str]:
@@ -49,6 +56,17 @@ def as_made(state: Any) -> Iterator[None]:
     yield
   finally:
     _MADE.reset(token)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[_stacks.Layout]]:
+  """Gathers the layouts that are made inside."""
+  found: list[_stacks.Layout] = []
+  token = _NOTED.set(found)
+  try:
+    yield found
+  finally:
+    _NOTED.reset(token)
 
 
 def paths_in(state: Any, tree: Any) -> Iterator[frozenset[str]]:

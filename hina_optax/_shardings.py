@@ -15,7 +15,7 @@ def is_sharded(x: Any) -> bool:
   explicit mesh axes. Traced arrays on automatic axes show nothing.
   """
   if isinstance(x, jax.core.Tracer):
-    return _is_explicit(x)
+    return _is_explicit(x) and not jax.typeof(x).sharding.is_fully_replicated
   sharding = getattr(x, "sharding", None)
   return sharding is not None and not sharding.is_fully_replicated
 

@@ -11,6 +11,7 @@ from hina_optax.memory._quantized_state import (
   QuantizedLeaf,
   WithQuantizedStateState,
   dequantize_state,
+  quantize_leaf,
   with_quantized_state,
 )
 from hina_optax.memory._rounded_updates import WithRoundedUpdatesState, with_rounded_updates
@@ -39,6 +40,7 @@ __all__ = [
   "is_on_host",
   "open_state",
   "plan_state",
+  "quantize_leaf",
   "reported_limit",
   "store_state",
   "tree_bytes",

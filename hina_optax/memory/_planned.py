@@ -48,6 +48,7 @@ def decided_by_shapes(
 
   def decision(params: Any, state: Any = None) -> Decision:
     seen = _layouts.standing_alone(params, careful)
+    state = _layouts.made() if state is None else state
     if state is not None:
       keys = set(_layouts.keys_in(state))
       for apart in (seen, *_layouts.paths_in(state, params)):

@@ -130,7 +130,7 @@ def with_quantized_state(
     )
 
   def encode(leaf: jax.Array, key: _rounding.Key) -> QuantizedLeaf:
-    return _quantize(leaf, _scales_shape(leaf.shape, length), key)
+    return quantize_leaf(leaf, _scales_shape(leaf.shape, length), key)
 
   def fits(stored: Any, like: Any) -> bool:
     return (
@@ -246,7 +246,10 @@ def _lead_and_count(scales_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int
 
 # Traced once for each shape; called outside of jit, one program in place of some fifty.
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key) -> QuantizedLeaf:
+def quantize_leaf(
+  leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key
+) -> QuantizedLeaf:
+  """`leaf` in 8 bits, in the blocks that scales of this shape count."""
   x = _to_blocks(_rounding.round_to(leaf, jnp.float32, None), scales_shape)
   draw = _to_blocks(_rounding.uniform(leaf.shape, key), scales_shape)
   finite = jnp.isfinite(x)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hina_optax import _leaves
+
 SHAPES: dict[str, Any] = {
   "attn": {"lora_a": (256, 8), "lora_b": (8, 320)},
   "bias": (2048,),
@@ -50,7 +52,7 @@ def shardings(on: jax.sharding.Mesh) -> Any:
 
 def parameters(seed: int = 0, dtype: Any = jnp.float32) -> Any:
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), dtype), SHAPES,
+  return jax.tree.map(lambda s: jnp.asarray(0.1 * rng.normal(size=s), dtype), SHAPES,
                       is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -67,3 +69,12 @@ def traffic(compiled: Any) -> list[tuple[str, int]]:
     sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in _ARRAY.findall(result)]
     found.append((kind, max(sizes, default=0)))
   return found
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """Leaves by their paths, as the library writes them."""
+  return {_leaves.path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# Elements of the smallest leaf that is sharded.
+SMALLEST = 2048
