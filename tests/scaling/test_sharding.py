@@ -5,11 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 import meshes
+import numpy as np
 import optax
 import pytest
 import trees
 from cases import CASES
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_properties import as_optimizer
+
+import hina_optax as ho
+from hina_optax import memory
 
 STEPS = 50
 MESHES = ((8, 1), (4, 2), (2, 4))
@@ -104,3 +109,153 @@ def test_sharded_training_is_that_of_one_device(case, shape):
   params, state = train(tx, params, given, compiled, state)
   check_state(state, params)
   trees.assert_close(params, expected, 0.0, 1e-5)
+
+
+EXPLICIT_SHOWN = ("hina_adaptive-defaults", "suppress_edges", "scale_by_importance")
+
+
+@pytest.mark.parametrize("case", [
+  pytest.param(c, marks=[] if c.name in EXPLICIT_SHOWN else [pytest.mark.slow]) for c in CASES
+], ids=str)
+def test_explicit_sharding_mode(case):
+  """Where sharding is part of an array's type: the same numbers, and types that stay."""
+  tx, params = case.make(), meshes.parameters()
+  given = gradients(params)[:2]
+  state = tx.init(params)
+  expected = []
+  update = jax.jit(tx.update)
+  for g in given:
+    updates, state = update(g, state, params)
+    expected.append(updates)
+  mesh = meshes.mesh(4, 2, AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    params, *given = (jax.device_put(t, meshes.shardings(mesh)) for t in (params, *given))
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for g, wanted in zip(given, expected):
+      updates, new = update(g, state, params)
+      for x, y in ((updates, params), (new, state)):
+        assert jax.tree.map(jax.typeof, x) == jax.tree.map(jax.typeof, y)
+      trees.assert_close(updates, wanted, 2e-5, 2e-5)
+      state = new
+  check_state(state, params)
+
+
+def alike(on=None):
+  """Equal leaves, some of them sharded and some whole on every device."""
+  rng = np.random.default_rng(5)
+  params = {f"l{i}": {"w": jnp.asarray(rng.normal(size=(64, 48)), jnp.float32),
+                      "bias": jnp.asarray(rng.normal(size=64), jnp.float32)} for i in range(3)}
+  for name in ("l1", "l2"):
+    params[name]["whole"] = jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)
+  if on is None:
+    return params
+  rows, whole = (NamedSharding(on, PartitionSpec(*axes)) for axes in (("data",), ()))
+  return {name: {k: jax.device_put(x, rows if k == "w" else whole) for k, x in block.items()}
+          for name, block in params.items()}
+
+
+PLAIN = dict(learning_rate=1e-2, use_agr=False, use_dynamic_adaptation=False)
+STACKED = {"l0/w", "l1/w", "l2/w", "*/bias[64]", "*/whole[64x48]"}
+
+
+@pytest.mark.parametrize("make", [
+  lambda: ho.hina_adaptive(**PLAIN),
+  lambda: ho.hina_adaptive(**PLAIN, reduce_precision=True),
+  lambda: ho.hina_adaptive(**PLAIN, vram_budget_gb=3e-4),
+  lambda: memory.with_state_dtype(memory.with_leaf_batching(optax.adamw(1e-2))),
+  lambda: memory.with_leaf_batching(memory.with_quantized_state(optax.adamw(1e-2))),
+], ids=["alias", "bf16", "8-bit", "bf16 of adamw", "8-bit rows"])
+def test_only_whole_leaves_are_stacked(make):
+  tx, mesh = make(), meshes.mesh(4, 2)
+  params = alike(mesh)
+  given = trees.sequence(alike(), 3)
+  with jax.numpy_dtype_promotion("standard"):
+    expected, _, _ = trees.run(make(), alike(), given)
+    state, step = tx.init(params), program(tx)
+    mu = optax.tree.get(memory.dequantize_state(state), "mu")
+    assert set(mu) == STACKED
+    wanted = jax.tree.structure(state)
+    for g in given:
+      g = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), g, params)
+      params, state = step(params, state, g)
+  assert step._cache_size() <= 2  # counters of a fresh state are not yet on the mesh
+  assert jax.tree.structure(state) == wanted
+  for name in ("l0/w", "l2/w"):
+    for field in ("mu", "nu"):
+      for x in jax.tree.leaves(optax.tree.get(state, field)[name]):
+        if x.shape == (64, 48):
+          assert x.sharding.spec[0] == "data", (field, name, x.sharding)
+  loose = 0.0 if optax.tree.get(state, "mu")["l0/w"].dtype == jnp.float32 else 2e-2
+  trees.assert_close(params, expected, 0.0, 1e-5 + loose)
+
+
+def test_the_step_of_a_stacked_tree_gathers_nothing():
+  tx, mesh = ho.hina_adaptive(**PLAIN), meshes.mesh(4, 2)
+  params = alike(mesh)
+  compiled = program(tx).lower(params, tx.init(params), params).compile()
+  check_traffic(compiled)
+
+
+def test_a_traced_init_stacks_nothing_where_it_cannot_see():
+  mesh = meshes.mesh(4, 2)
+  params = alike(mesh)
+  every = {f"l{i}/{k}" for i in range(3) for k in ("w", "bias")} | {"l1/whole", "l2/whole"}
+  tx = ho.hina_adaptive(**PLAIN)
+  asked = ho.hina_adaptive(**PLAIN, leaf_batching=True)
+  with jax.set_mesh(mesh):
+    state = jax.jit(tx.init)(params)
+    assert set(optax.tree.get(state, "mu")) == every
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    assert "*[64x48]" in optax.tree.get(jax.eval_shape(asked.init, params), "mu")
+  assert updates["l0"]["w"].sharding.spec[0] == "data"
+  # Without a mesh around it nothing tells: it stacks all, and says so in its docstring.
+  assert "*[64x48]" in optax.tree.get(jax.eval_shape(tx.init, params), "mu")
+
+
+def test_a_jitted_init_with_shardings():
+  tx, mesh = ho.hina_adaptive(**PLAIN, leaf_batching=False), meshes.mesh(4, 2)
+  params = alike(mesh)
+  places = jax.tree.map(lambda x: x.sharding, ho.abstract_state(tx, params))
+  state = jax.jit(tx.init, out_shardings=places)(params)
+  check_state(state, params)
+  check_bytes(state, params)
+
+
+@pytest.mark.parametrize(("bits", "make"), [
+  (16, lambda tx: memory.with_state_dtype(tx)),
+  (8, lambda tx: memory.with_quantized_state(tx)),
+  (32, lambda tx: memory.with_host_offload(tx)),
+  (16, lambda tx: memory.with_rounded_updates(optax.chain(tx, optax.scale(-0.1)))),
+], ids=["bf16", "8 bits", "host", "rounded"])
+def test_storage_wrappers(bits, make):
+  """State lies as its parameters from init on, step after step, and nothing is gathered."""
+  mesh = meshes.mesh(4, 2)
+  dtype = jnp.bfloat16 if make(optax.identity()).init.__qualname__.startswith("with_r") else None
+  plain = meshes.parameters(dtype=dtype or jnp.float32)
+  params = jax.device_put(plain, meshes.shardings(mesh))
+  tx = make(ho.scale_by_hina(torque="average"))
+  state, update = tx.init(params), jax.jit(tx.update)
+  alone, single = tx.init(plain), jax.jit(tx.update)
+  for g in trees.sequence(plain, 3):
+    expected, alone = single(g, alone, plain)
+    updates, state = update(jax.device_put(g, meshes.shardings(mesh)), state, params)
+  trees.assert_close(updates, expected, 0.0, 2e-5 if bits == 32 else 2e-2)
+  for path, leaf in meshes.by_path(state).items():
+    if leaf.size >= meshes.SMALLEST and not path.endswith("whole"):
+      path = path.removesuffix("/codes")
+      param = next(p for n, p in meshes.by_path(params).items() if path.endswith(n))
+      assert leaf.sharding.shard_shape(leaf.shape) == param.sharding.shard_shape(param.shape), path
+  check_traffic(update.lower(params, state, params).compile())
+
+
+def test_stencils_send_borders_only():
+  """A second difference over rows and columns, both sharded, sends rows and columns of one."""
+  mesh = meshes.mesh(4, 2)
+  place = NamedSharding(mesh, PartitionSpec("data", "model"))
+  params = {"w": jax.device_put(jnp.ones((64, 64)), place)}
+  tx = ho.suppress_high_frequency(0.5)
+  compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+  assert sorted(meshes.traffic(compiled)) == [
+    ("collective-permute", 16), ("collective-permute", 16),
+    ("collective-permute", 32), ("collective-permute", 32)]
