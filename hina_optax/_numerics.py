@@ -35,6 +35,14 @@ def scalar(value: Any, dtype: Any) -> Any:
   return value if isinstance(value, (int, float)) else jnp.asarray(value).astype(dtype)
 
 
+def narrowed(x: Array, dtype: Any) -> Array:
+  """`x` in `dtype`; where that holds less, what is beyond its range becomes its largest number."""
+  if jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+    return x.astype(dtype)
+  top = float(jnp.finfo(dtype).max)
+  return jnp.clip(x, -top, top).astype(dtype)
+
+
 def inner_product(x: Array, y: Array) -> Array:
   """Sum of `x * y` over all axes, as one contraction.
 

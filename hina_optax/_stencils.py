@@ -96,8 +96,8 @@ def _neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
 
 
 def _shaped_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
-  # Each shift keeps the shape, and with it where shards begin: what crosses is one place of an axis.
-  # Slices of a frame that is larger by two would lie elsewhere on every device but the first.
+  # Each shift keeps the shape, and with it where shards begin: one place of an axis crosses. Slices
+  # of a frame that is larger by two would lie elsewhere on every device but the first.
   zero = jnp.zeros([], x.dtype)
   for axis in grid.axes:
     places = lax.broadcasted_iota(jnp.int32, x.shape, axis)
