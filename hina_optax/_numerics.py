@@ -17,6 +17,7 @@ Scalar = float | int | jax.Array
 
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
+_LEAST_SQUARES = 1e-30
 
 
 def compute_dtype(*dtypes: Any) -> Any:
@@ -36,11 +37,11 @@ def scalar(value: Any, dtype: Any) -> Any:
 
 
 def narrowed(x: Array, dtype: Any) -> Array:
-  """`x` in `dtype`; where that holds less, what is beyond its range becomes its largest number."""
+  """`x` in `dtype`; a finite number beyond its range becomes its largest."""
   if jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
     return x.astype(dtype)
   top = float(jnp.finfo(dtype).max)
-  return jnp.clip(x, -top, top).astype(dtype)
+  return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x).astype(dtype)
 
 
 def inner_product(x: Array, y: Array) -> Array:
@@ -93,8 +94,15 @@ def reciprocal(x: Array) -> Array:
 
 
 def cosine(x: Array, y: Array) -> Array:
-  """Cosine of the angle between two leaves; 0 where either is zero."""
-  return safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
+  """Cosine of the angle between two leaves; 0 where either is as good as zero."""
+  angle = safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
+  return jnp.where(have_directions(x, y), angle, jnp.zeros_like(angle))
+
+
+def have_directions(x: Array, y: Array) -> Array:
+  """Whether both leaves have norms above 1e-15: below, fp32 may lose all of their squares."""
+  least = jnp.asarray(_LEAST_SQUARES, x.dtype)
+  return (inner_product(x, x) > least) & (inner_product(y, y) > least)
 
 
 def variance(x: Array) -> Array:
