@@ -5,9 +5,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
-from hina_optax import _chain, _leaves, _memory_options, memory
+from hina_optax import _chain, _layouts, _leaves, _memory_options, _out_of_memory, memory
 from hina_optax.options import HinaOptions, explain_unknown_options
 
 
@@ -178,6 +179,8 @@ def hina_adaptive(
     ValueError: an unknown or removed option (with what to use), a value outside its range, Grams
       together with Cautious, `params` missing at the update, a LoRA factor without its partner.
     TypeError: an option of the wrong type, a leaf that is not floating.
+    hina_optax.memory.StateMemoryError: `init`, called on arrays, finds no memory for the state; it
+      says how the state was to be kept and proposes a smaller plan.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -201,12 +204,21 @@ def hina_adaptive(
 def build(o: HinaOptions) -> HinaTransformation:
   """The transformation that checked options describe."""
   def asked(shapes: Any, apart: frozenset[str]) -> memory.Decision:
-    return _memory_options.decide(o, functools.partial(_chain.chain_of, apart=apart), shapes)
+    return _decide(o, shapes, apart)
+
+  def plan(options: HinaOptions, params: Any) -> memory.MemoryPlan:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return _decide(options, shapes, _layouts.standing_alone(params)).plan
 
   decided, decide = memory.decided_by_shapes(asked, careful=o.leaf_batching is None)
   chosen = decided if _memory_options.is_planned(o) else _chain.chain_of(o)
-  transformation = HinaTransformation(chosen.init, chosen.update)
+  init = _out_of_memory.explained(chosen.init, o, plan)
+  transformation = HinaTransformation(init, chosen.update)
   transformation.options, transformation.decide = o, decide
   transformation.rebatched = lambda limit: build(
     dataclasses.replace(o, leaf_batching=True, max_batched_elements=limit))
   return transformation
+
+
+def _decide(o: HinaOptions, shapes: Any, apart: frozenset[str]) -> memory.Decision:
+  return _memory_options.decide(o, functools.partial(_chain.chain_of, apart=apart), shapes)

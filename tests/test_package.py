@@ -32,7 +32,7 @@ LAYERS = [
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},
   {"options"},
-  {"_rate_units", "_memory_options"},
+  {"_rate_units", "_memory_options", "_out_of_memory"},
   {"_chain"},
   {"alias"},
   {"info", "planning", "_portable"},
