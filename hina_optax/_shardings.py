@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 
 def is_sharded(x: Any) -> bool:
@@ -51,7 +51,9 @@ def automatic(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any
     def run(updates, state, params, arrays):
       return update(updates, state, params, **arrays, **others)
 
-    wanted = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(given) if _is_explicit(x))
+    wanted = jax.tree.map(
+      lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (updates, state))
     return jax.sharding.auto_axes(run, out_sharding=wanted)(*given, arrays)
 
   return decorated
