@@ -81,6 +81,13 @@ def norm(x: Array) -> Array:
   return jnp.sqrt(inner_product(x, x))
 
 
+def wide_norm(x: Array) -> Array:
+  """`norm`, also where fp32 cannot hold the squares; reads the leaf twice."""
+  largest = jnp.max(jnp.abs(x), initial=0)
+  # Not times the reciprocal of a constant: XLA would take the squares first.
+  return largest * norm(x / jnp.where(largest > 0, largest, jnp.ones_like(largest)))
+
+
 def safe_divide(numerator: Array, denominator: Array, default: float = 0.0) -> Array:
   """`numerator / denominator`, or `default` where that is 0/0, x/0 or not finite."""
   usable = (denominator != 0) & jnp.isfinite(denominator)
