@@ -17,7 +17,7 @@ Scalar = float | int | jax.Array
 
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
-_LEAST_SQUARES = 1e-30
+_SQUARES = 1e-30, 1e36
 
 
 def compute_dtype(*dtypes: Any) -> Any:
@@ -101,15 +101,16 @@ def reciprocal(x: Array) -> Array:
 
 
 def cosine(x: Array, y: Array) -> Array:
-  """Cosine of the angle between two leaves; 0 where either is as good as zero."""
+  """Cosine of the angle between two leaves; 0 where either is as good as zero, or infinite."""
   angle = safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
   return jnp.where(have_directions(x, y), angle, jnp.zeros_like(angle))
 
 
 def have_directions(x: Array, y: Array) -> Array:
-  """Whether both leaves have norms above 1e-15: below, fp32 may lose all of their squares."""
-  least = jnp.asarray(_LEAST_SQUARES, x.dtype)
-  return (inner_product(x, x) > least) & (inner_product(y, y) > least)
+  """Whether both leaves have norms of 1e-15 to 1e18, the squares of which fp32 holds."""
+  least, most = (jnp.asarray(bound, x.dtype) for bound in _SQUARES)
+  first, second = inner_product(x, x), inner_product(y, y)
+  return (least < first) & (first < most) & (least < second) & (second < most)
 
 
 def variance(x: Array) -> Array:
