@@ -103,6 +103,34 @@ def dit_130m() -> Tree:
   }
 
 
+def transformer_12b() -> Tree:
+  """A rectified-flow transformer of width 3072 with 19 double and 38 single blocks: 12 B."""
+  width = 3072
+
+  def double() -> Tree:
+    return {side: {
+      "adaln": _dense(width, 6 * width), "qkv": _dense(width, 3 * width),
+      "norm_q": _array(128), "norm_k": _array(128), "out": _dense(width, width),
+      "mlp1": _dense(width, 4 * width), "mlp2": _dense(4 * width, width),
+    } for side in ("image", "text")}
+
+  def single() -> Tree:
+    return {
+      "adaln": _dense(width, 3 * width), "norm_q": _array(128), "norm_k": _array(128),
+      "in": _dense(width, 7 * width), "out": _dense(5 * width, width),
+    }
+
+  return {
+    "image_in": _dense(64, width), "text_in": _dense(4096, width),
+    **{f"{name}{i}": _dense(into, width)
+       for name, into in (("time", 256), ("pooled", 768), ("guidance", 256))
+       for i, into in ((0, into), (1, width))},
+    **{f"double{i}": double() for i in range(19)},
+    **{f"single{i}": single() for i in range(38)},
+    "final": {"adaln": _dense(width, 2 * width), "out": _dense(width, 64)},
+  }
+
+
 def equal_leaves(count: int, shape: tuple[int, ...]) -> Tree:
   """`count` leaves of one shape."""
   return {f"w{i}": _array(*shape) for i in range(count)}

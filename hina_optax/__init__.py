@@ -1,7 +1,9 @@
 """Composable optax transformations for training diffusion models in latent space."""
 
+from hina_optax._abstract import abstract_state
 from hina_optax._leaves import flax_spatial_axes, torch_spatial_axes
 from hina_optax.alias import HinaTransformation, hina_adaptive
+from hina_optax.checkpoints import pack_state, packed_shapes, unpack_state
 from hina_optax.core import add_scheduled_weight_decay, scale_by_hina
 from hina_optax.info import get_memory_stats, get_optimization_info
 from hina_optax.memory import (
@@ -43,6 +45,7 @@ __all__ = [
   "HinaOptions",
   "HinaTransformation",
   "MemoryPlan",
+  "abstract_state",
   "adaptive_gradient_regularization",
   "add_rank_penalty",
   "add_scheduled_weight_decay",
@@ -58,6 +61,8 @@ __all__ = [
   "lora_preset",
   "optimize_for_vram",
   "orthogonalize_to_params",
+  "pack_state",
+  "packed_shapes",
   "plan_memory",
   "preserve_detail",
   "project_to_init",
@@ -68,6 +73,7 @@ __all__ = [
   "suppress_edges",
   "suppress_high_frequency",
   "torch_spatial_axes",
+  "unpack_state",
   "with_host_offload",
   "with_leaf_batching",
   "with_quantized_state",

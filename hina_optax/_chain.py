@@ -21,8 +21,13 @@ from hina_optax.options import HinaOptions
 _ORIGINAL_SCALE_BOUNDS = (0.001, 10.0)
 
 
-def chain_of(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  """The chain of parts, its state in fp32 on the device."""
+def chain_of(
+  o: HinaOptions, apart: frozenset[str] | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """The chain of parts, its state in fp32 on the device.
+
+  Leaves whose paths are in `apart` are not stacked; `None`: those that are seen to be sharded.
+  """
   parts = _joined(
     core.upcast_updates(), *_regularizers(o), _optimizer(o), core.cast_updates_to_params()
   )
@@ -30,7 +35,8 @@ def chain_of(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
   if not batches:
     return parts
   limit = memory.MAX_ELEMENTS if o.max_batched_elements is None else int(o.max_batched_elements)
-  return memory.batched(parts, limit, functools.partial(_kinds, o))
+  return memory.batched(parts, limit, functools.partial(_kinds, o), apart=apart,
+                        careful=o.leaf_batching is None)
 
 
 def _is_more_than_adam(o: HinaOptions) -> bool:

@@ -17,6 +17,7 @@ Scalar = float | int | jax.Array
 
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
+_SQUARES = 1e-30, 1e36
 
 
 def compute_dtype(*dtypes: Any) -> Any:
@@ -33,6 +34,14 @@ def scalar(value: Any, dtype: Any) -> Any:
   array, such as a traced bf16 hyperparameter, is cast.
   """
   return value if isinstance(value, (int, float)) else jnp.asarray(value).astype(dtype)
+
+
+def narrowed(x: Array, dtype: Any) -> Array:
+  """`x` in `dtype`; a finite number beyond its range becomes its largest."""
+  if jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+    return x.astype(dtype)
+  top = float(jnp.finfo(dtype).max)
+  return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x).astype(dtype)
 
 
 def inner_product(x: Array, y: Array) -> Array:
@@ -72,6 +81,13 @@ def norm(x: Array) -> Array:
   return jnp.sqrt(inner_product(x, x))
 
 
+def wide_norm(x: Array) -> Array:
+  """`norm`, also where fp32 cannot hold the squares; reads the leaf twice."""
+  largest = jnp.max(jnp.abs(x), initial=0)
+  # Not times the reciprocal of a constant: XLA would take the squares first.
+  return largest * norm(x / jnp.where(largest > 0, largest, jnp.ones_like(largest)))
+
+
 def safe_divide(numerator: Array, denominator: Array, default: float = 0.0) -> Array:
   """`numerator / denominator`, or `default` where that is 0/0, x/0 or not finite."""
   usable = (denominator != 0) & jnp.isfinite(denominator)
@@ -85,8 +101,16 @@ def reciprocal(x: Array) -> Array:
 
 
 def cosine(x: Array, y: Array) -> Array:
-  """Cosine of the angle between two leaves; 0 where either is zero."""
-  return safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
+  """Cosine of the angle between two leaves; 0 where either is as good as zero, or infinite."""
+  angle = safe_divide(safe_divide(inner_product(x, y), norm(x)), norm(y))
+  return jnp.where(have_directions(x, y), angle, jnp.zeros_like(angle))
+
+
+def have_directions(x: Array, y: Array) -> Array:
+  """Whether both leaves have norms of 1e-15 to 1e18, the squares of which fp32 holds."""
+  least, most = (jnp.asarray(bound, x.dtype) for bound in _SQUARES)
+  first, second = inner_product(x, x), inner_product(y, y)
+  return (least < first) & (first < most) & (least < second) & (second < most)
 
 
 def variance(x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from hina_optax import _leaves, _numerics
+from hina_optax import _leaves, _numerics, _shardings
 
 Kinds = Callable[[Any], list[Any]]
 
@@ -22,7 +22,10 @@ _FEW = 8
 
 
 class Part(optax.GradientTransformationExtraArgs):
-  """A transformation that takes `Stacks` as it takes any tree of parameters."""
+  """A transformation that takes `Stacks` as it takes any tree of parameters, and any sharding."""
+
+  def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> "Part":
+    return super().__new__(cls, init, _shardings.automatic(update))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +106,13 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def layout_of(tree: Any, max_elements: int, kinds: Kinds | None = None) -> Layout | None:
-  """Groups of the leaves of `tree` of at most `max_elements`; `None` where no two are alike."""
+def layout_of(
+  tree: Any, max_elements: int, kinds: Kinds | None = None, apart: Set[str] = frozenset()
+) -> Layout | None:
+  """Groups of the leaves of `tree` of at most `max_elements`; `None` where no two are alike.
+
+  Leaves whose paths are in `apart` stand alone, alike or not.
+  """
   places, leaves, _ = _leaves.flatten(tree)
   told = [None] * len(leaves) if kinds is None else kinds(tree)
   found: dict[Any, list[int]] = {}
@@ -117,13 +125,22 @@ def layout_of(tree: Any, max_elements: int, kinds: Kinds | None = None) -> Layou
     return None
   groups: list[Group] = []
   taken: set[str] = set()
-  for members in found.values():
+  for members in _divided(found.values(), [place.path in apart for place in places]):
     paths = tuple(places[i].path for i in members)
     name = _unique(_name(paths, leaves[members[0]].shape), taken)
     groups.append(Group(name, paths, tuple(members), tuple(leaves[members[0]].shape),
                         told[members[0]]))
   absent = tuple((i, places[i].path) for i, leaf in enumerate(leaves) if _leaves.is_absent(leaf))
   return Layout(tuple(sorted(groups, key=lambda g: g.name)), len(leaves), absent)
+
+
+def _divided(groups: Iterable[list[int]], alone: list[bool]) -> Iterator[list[int]]:
+  """The groups without those of their members that stand alone, and these, one by one."""
+  for members in groups:
+    yield from ([i] for i in members if alone[i])
+    together = [i for i in members if not alone[i]]
+    if together:
+      yield together
 
 
 def by_path(kind: Callable[[str, Any], Any]) -> Kinds:

@@ -89,26 +89,27 @@ def _sides(at: _Neighbours) -> Iterator[tuple[Array, Array]]:
 
 
 def _neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
-  """For each axis. All are slices of one frame, so that no branch stands in the innermost loop."""
+  """For each axis."""
   if len(grid.shape) > 1 and x.ndim == 1:
     return _flat_neighbours(x, grid)
   return _shaped_neighbours(x, grid)
 
 
 def _shaped_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
-  edges = [(1, 1, 0) if axis in grid.axes else (0, 0, 0) for axis in range(x.ndim)]
-  frame = lax.pad(x, jnp.zeros([], x.dtype), edges)
+  # Each shift keeps the shape, and with it where shards begin: one place of an axis crosses. Slices
+  # of a frame that is larger by two would lie elsewhere on every device but the first.
+  zero = jnp.zeros([], x.dtype)
   for axis in grid.axes:
     places = lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    begins = [[low for low, _, _ in edges] for _ in range(2)]
-    begins[0][axis], begins[1][axis] = 0, 2
     lower, upper = (
-      lax.slice(frame, begin, [b + size for b, size in zip(begin, x.shape)]) for begin in begins
+      lax.pad(x, zero, [(by, -by, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)])
+      for by in (1, -1)
     )
     yield _Neighbours(lower, upper, places == 0, places == x.shape[axis] - 1)
 
 
 def _flat_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
+  # Slices of one frame, so that no branch stands in the innermost loop.
   strides = [int(np.prod(grid.shape[axis + 1:])) for axis in grid.axes]
   reach = max(strides, default=0)
   frame = lax.pad(x, jnp.zeros([], x.dtype), [(reach, reach, 0)])

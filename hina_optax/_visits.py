@@ -218,7 +218,7 @@ def _apply(function, node, update, read, raw, trees, scalars):
     node, clean, (*seen, *raw), tuple(x.astype(dtype) if _is_float(x) else x for x in trees),
     tuple(scalars),
   )
-  new = jnp.where(finite, new.astype(update.dtype), update)
+  new = jnp.where(finite, _numerics.narrowed(new, update.dtype), update)
   return new, tuple(x.astype(d) for x, d in zip(new_trees, stored)), new_scalars
 
 

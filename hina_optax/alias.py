@@ -5,9 +5,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
-from hina_optax import _chain, _leaves, _memory_options, memory
+from hina_optax import _chain, _layouts, _leaves, _memory_options, _out_of_memory, memory
 from hina_optax.options import HinaOptions, explain_unknown_options
 
 
@@ -16,13 +17,13 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
 
   Attributes:
     options: the `HinaOptions`; `get_optimization_info` reads them.
-    decide: `decide(params)` gives the `MemoryPlan` for these shapes, and the transformation with
-      and without it; `plan_memory` and `optimize_for_vram` ask it.
+    decide: `decide(params, state=None)` gives the `MemoryPlan` for these shapes, and the
+      transformation with and without it; `plan_memory` and `optimize_for_vram` ask it.
     rebatched: `rebatched(max_elements)` is the same with another limit for stacked leaves.
   """
 
   options: HinaOptions
-  decide: Callable[[Any], memory.Decision]
+  decide: Callable[..., memory.Decision]
   rebatched: Callable[[int], "HinaTransformation"]
 
 
@@ -165,7 +166,8 @@ def hina_adaptive(
     leaf_batching: stack small leaves of equal shape (`with_leaf_batching`), which compiles LoRAs of
       hundreds of leaves in seconds; the state's trees become dicts of stacks. `None`: where any
       part is on beside Adam's moments and weight decay, which compile as fast leaf by leaf and
-      save the copies into stacks. `False` for parameters that are sharded: a stack gathers them.
+      save the copies into stacks. Sharded leaves stand alone. Where `init` is traced under a mesh
+      it cannot see which are, and `None` stacks nothing; without a mesh around it give `False`.
     max_batched_elements: elements up to which a leaf is small. `None`: 2**20.
 
   Returns:
@@ -177,6 +179,8 @@ def hina_adaptive(
     ValueError: an unknown or removed option (with what to use), a value outside its range, Grams
       together with Cautious, `params` missing at the update, a LoRA factor without its partner.
     TypeError: an option of the wrong type, a leaf that is not floating.
+    hina_optax.memory.StateMemoryError: `init`, called on arrays, finds no memory for the state; it
+      says how the state was to be kept and proposes a smaller plan.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -199,11 +203,22 @@ def hina_adaptive(
 
 def build(o: HinaOptions) -> HinaTransformation:
   """The transformation that checked options describe."""
-  asked = functools.partial(_memory_options.decide, o, _chain.chain_of)
-  decided, decide = memory.decided_by_shapes(asked)
+  def asked(shapes: Any, apart: frozenset[str]) -> memory.Decision:
+    return _decide(o, shapes, apart)
+
+  def plan(options: HinaOptions, params: Any) -> memory.MemoryPlan:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return _decide(options, shapes, _layouts.standing_alone(params)).plan
+
+  decided, decide = memory.decided_by_shapes(asked, careful=o.leaf_batching is None)
   chosen = decided if _memory_options.is_planned(o) else _chain.chain_of(o)
-  transformation = HinaTransformation(chosen.init, chosen.update)
+  init = _out_of_memory.explained(chosen.init, o, plan)
+  transformation = HinaTransformation(init, chosen.update)
   transformation.options, transformation.decide = o, decide
   transformation.rebatched = lambda limit: build(
     dataclasses.replace(o, leaf_batching=True, max_batched_elements=limit))
   return transformation
+
+
+def _decide(o: HinaOptions, shapes: Any, apart: frozenset[str]) -> memory.Decision:
+  return _memory_options.decide(o, functools.partial(_chain.chain_of, apart=apart), shapes)

@@ -1,13 +1,14 @@
 """Memory before and during training: `plan_memory` and `optimize_for_vram`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from hina_optax import _chain, _checks, _memory_options, alias, memory
+from hina_optax import _chain, _checks, _layouts, _memory_options, alias, memory
 from hina_optax.alias import HinaTransformation
 from hina_optax.options import HinaOptions
 
@@ -65,7 +66,8 @@ def plan_memory(
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
     return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
   options = _with_budget(options, vram_budget_gb)
-  return _memory_options.decide(options, _chain.chain_of, shapes, reserve).plan
+  build = functools.partial(_chain.chain_of, apart=_layouts.standing_alone(params))
+  return _memory_options.decide(options, build, shapes, reserve).plan
 
 
 def optimize_for_vram(
@@ -127,8 +129,8 @@ def move_state(
   old: HinaTransformation, new: HinaTransformation, state: Any, params: Any
 ) -> Any:
   """A state of `old` in the plan of `new`, which differs in memory options only."""
-  opened = memory.open_state(old.decide(params), state, params)
-  return memory.store_state(new.decide(params), opened, params)
+  opened = memory.open_state(old.decide(params, state), state, params)
+  return memory.store_state(new.decide(params, state), opened, params)
 
 
 def _options(optimizer: Any) -> HinaOptions | None:

@@ -19,20 +19,26 @@ FACTORIES = [
   if callable(getattr(ho, n)) and not n[0].isupper() and not n.endswith(("_preset", "_axes"))
 ]
 # They compute nothing that a formula would say.
-REPORTS = {"get_optimization_info", "get_memory_stats", "optimize_for_vram"}
+REPORTS = {
+  "abstract_state", "get_optimization_info", "get_memory_stats", "optimize_for_vram", "pack_state",
+  "packed_shapes", "unpack_state",
+}
 # Lower may not import higher.
 LAYERS = [
-  {"_numerics", "_checks", "_rounding", "_stencils", "checkpoint_shapes"},
+  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
   {"_leaves"},
   {"_stacks"},
+  {"_layouts", "_abstract"},
   {"_visits", "_rows"},
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},
   {"options"},
-  {"_rate_units", "_memory_options"},
+  {"_rate_units", "_memory_options", "_out_of_memory"},
   {"_chain"},
   {"alias"},
-  {"info", "planning"},
+  {"info", "planning", "_portable"},
+  {"_stamps"},
+  {"checkpoints"},
   {"cli", "torch_bridge"},
 ]
 

@@ -10,6 +10,8 @@ from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 from hina_optax._numerics import Scalar
 
 _TORQUE_EPS = 1e-8
+# Beyond it a square is infinite in fp32, and stays so: no later gradient would move the element.
+_LARGEST = 1.8e19
 
 
 class ScaleByHinaState(NamedTuple):
@@ -56,6 +58,8 @@ def scale_by_hina(
     published. Its steps are about five times Adam's.
   - `"direction"`: the PyTorch original: `m` as in Adam, `a` from the new `m`, :math:`u \leftarrow
     d\,u`.
+
+  Numbers of a gradient beyond 1.8e19, whose squares fp32 cannot hold, count as that.
 
   `stability`:
 
@@ -129,6 +133,7 @@ def scale_by_hina(
     def step(leaf, g, read, trees, scalars):
       del leaf, read
       (mu, nu), dtype = trees, g.dtype
+      g = jnp.clip(g, -_LARGEST, _LARGEST)
       a = scalars[0].astype(dtype) if scalars else jnp.zeros([], dtype)
       source, new_nu = (
         normalise(g, nu) if stability == "adopt"

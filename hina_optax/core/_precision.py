@@ -42,4 +42,4 @@ def cast_updates_to_params() -> optax.GradientTransformationExtraArgs:
 
 
 def _cast(x: Any, dtype: Any) -> jax.Array:
-  return jnp.asarray(x).astype(dtype)
+  return _numerics.narrowed(jnp.asarray(x), dtype)

@@ -4,13 +4,21 @@ from hina_optax.memory._device import DeviceMemory, device_memory, is_on_host, r
 from hina_optax.memory._host_offload import WithHostOffloadState, with_host_offload
 from hina_optax.memory._leaf_batching import MAX_ELEMENTS, batched, with_leaf_batching
 from hina_optax.memory._moving import open_state, store_state
-from hina_optax.memory._plan import GB, Demands, apply_storage, plan_state, tree_bytes
+from hina_optax.memory._plan import (
+  GB,
+  Demands,
+  StateMemoryError,
+  apply_storage,
+  plan_state,
+  tree_bytes,
+)
 from hina_optax.memory._plan_table import MemoryPlan, PlanRow, PlanStep, Storage
 from hina_optax.memory._planned import Decision, decided_by_shapes
 from hina_optax.memory._quantized_state import (
   QuantizedLeaf,
   WithQuantizedStateState,
   dequantize_state,
+  quantize_leaf,
   with_quantized_state,
 )
 from hina_optax.memory._rounded_updates import WithRoundedUpdatesState, with_rounded_updates
@@ -26,6 +34,7 @@ __all__ = [
   "PlanRow",
   "PlanStep",
   "QuantizedLeaf",
+  "StateMemoryError",
   "Storage",
   "WithHostOffloadState",
   "WithQuantizedStateState",
@@ -39,6 +48,7 @@ __all__ = [
   "is_on_host",
   "open_state",
   "plan_state",
+  "quantize_leaf",
   "reported_limit",
   "store_state",
   "tree_bytes",

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import _checks, _leaves, _rows, _stacks
+from hina_optax import _checks, _layouts, _leaves, _rows, _stacks
 from hina_optax.memory import _storage
 
 # 4 MB in fp32: LoRA factors of any usual rank, but not the weights of a large model.
@@ -36,7 +36,14 @@ def with_leaf_batching(
   It costs a copy of the stacked parameters and gradients into stacks and of the updates out of
   them, in memory and in time: on large leaves that is more than it saves, hence `max_elements`.
   A light inner such as `optax.adamw` compiles faster in it, but its steps take two to three times
-  as long on a CPU. A stack gathers leaves that are sharded over devices.
+  as long on a CPU.
+
+  A stack would gather leaves that are sharded over devices, so they stand alone, under their own
+  paths; only leaves that every device holds whole are stacked. What is sharded is seen when `init`
+  is called on arrays, or in explicit sharding mode, and later read from the keys of the state.
+  Inside of `jax.jit` in automatic mode `init` cannot see it and stacks: call it outside, where
+  state is made on its devices at once. Parts without state like the parameters have no such keys:
+  do not batch them alone where parameters are sharded.
 
   A missing gradient (`None`) leaves its row of the state as it was; `params` must then be given.
   Masks and labels of the user's tree belong outside: `optax.masked(with_leaf_batching(tx), mask)`.
@@ -85,22 +92,29 @@ def with_leaf_batching(
 
 
 def batched(
-  part: _stacks.Part, max_elements: int, kinds: _stacks.Kinds | None = None
+  part: _stacks.Part, max_elements: int, kinds: _stacks.Kinds | None = None, *,
+  apart: frozenset[str] | None = None, careful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """`part`, which takes `Stacks`, for trees of the user.
 
-  `kinds(params)` gives one hashable value a place: only leaves of equal value are stacked.
+  `kinds(params)` gives one hashable value a place: only leaves of equal value are stacked. Leaves
+  whose paths are in `apart` stand alone; `None`: those that are seen to be sharded, with `careful`
+  all where it cannot be seen.
   """
 
+  def layout_for(tree: Any, state: Any = None) -> _stacks.Layout | None:
+    alone = _layouts.standing_alone(tree, careful) if apart is None else apart
+    return _layouts.layout_for(tree, state, max_elements, kinds, alone)
+
   def init(params: Any) -> Any:
-    layout = _stacks.layout_of(params, max_elements, kinds)
+    layout = layout_for(params)
     if layout is None:
       return part.init(params)
     leaves = jax.tree.leaves(params, is_leaf=_leaves.is_absent)
     return _stacks.as_dicts(part.init(_stacks.stack(layout, leaves)))
 
   def update(updates, state, params=None, **extra_args):
-    layout = _stacks.layout_of(updates if params is None else params, max_elements, kinds)
+    layout = layout_for(updates if params is None else params, state)
     if layout is None:
       return part.update(updates, state, params, **extra_args)
     leaves, structure = _leaves.flat(updates)

@@ -20,6 +20,10 @@ _PREFIX = "inner_state/"
 _BF16 = np.dtype(jnp.bfloat16)
 
 
+class StateMemoryError(RuntimeError):
+  """There is no memory for an optimizer's state; the message proposes a plan."""
+
+
 class Demands(NamedTuple):
   """What a plan is asked for.
 

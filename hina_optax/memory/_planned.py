@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from hina_optax import _leaves
+from hina_optax import _layouts, _leaves
 from hina_optax.memory._plan_table import MemoryPlan
 
 
@@ -25,28 +25,43 @@ class Decision(NamedTuple):
 
 
 def decided_by_shapes(
-  decide: Callable[[Any], Decision],
-) -> tuple[optax.GradientTransformationExtraArgs, Callable[[Any], Decision]]:
+  decide: Callable[[Any, frozenset[str]], Decision], careful: bool = False,
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Decision]]:
   """A transformation that asks `decide` once for each tree of shapes, and the cached `decide`.
 
-  `decide` sees shapes and dtypes only, so that `init` and `update` reach the same answer, traced or
-  not.
+  `decide(shapes, apart)` sees shapes, dtypes and the paths of leaves that are sharded, so that
+  `init` and `update` reach the same answer, traced or not: `update` reads these paths from the keys
+  of the state. With `careful` they are all where sharding cannot be seen.
   """
-  known: dict[Any, Decision] = {}
+  known: dict[Any, tuple[Decision, set[frozenset[str]]]] = {}
 
-  def decision(params: Any) -> Decision:
+  def look_up(params: Any, apart: frozenset[str]) -> tuple[Decision, set[frozenset[str]]]:
     shapes = jax.eval_shape(lambda tree: tree, params)
     leaves, structure = jax.tree.flatten(shapes)
-    key = structure, tuple((x.shape, x.dtype.name) for x in leaves)
+    key = structure, tuple((x.shape, x.dtype.name) for x in leaves), apart
     if key not in known:
-      known[key] = decide(shapes)
+      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+      found = decide(shapes, apart)
+      keys = _layouts.keys_in(jax.eval_shape(lambda tree: found.base.init(tree), shapes))
+      known[key] = found, set(keys)
     return known[key]
+
+  def decision(params: Any, state: Any = None) -> Decision:
+    seen = _layouts.standing_alone(params, careful)
+    state = _layouts.made() if state is None else state
+    if state is not None:
+      keys = set(_layouts.keys_in(state))
+      for apart in (seen, *_layouts.paths_in(state, params)):
+        found, wanted = look_up(params, apart)
+        if wanted <= keys:
+          return found
+    return look_up(params, seen)[0]
 
   def init(params: Any) -> Any:
     return decision(params).stored.init(params)
 
   def update(updates, state, params=None, **extra_args):
     _leaves.require_params(params, "a transformation with a memory plan")
-    return decision(params).stored.update(updates, state, params, **extra_args)
+    return decision(params, state).stored.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(init, update), decision

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hina_optax import _checks, _rounding
-from hina_optax.memory import _storage
+from hina_optax.memory import _blocks, _storage
 from hina_optax.memory._storage import QuantizedLeaf
 
 _BLOCK = 256
@@ -65,8 +66,9 @@ def with_quantized_state(
 
   Blocks lie within the trailing axes, as few of them as hold `block` numbers, and are cut evenly: a
   row of 320 is one block. Codes keep the leaf's shape and scales its leading axes, so both follow a
-  leaf that is sharded over a leading axis. Sharded over the last axis, a leaf stays in place only
-  if its blocks fall evenly on the devices; otherwise XLA gathers it in every step.
+  leaf that is sharded. What is read is the first of these axes in eighths of a block: where those
+  fall evenly on the devices, a leaf stays in place whichever of its axes are sharded, and only
+  magnitudes of blocks are exchanged; otherwise (rows of odd lengths) XLA gathers it in every step.
 
   Around `with_state_dtype` it reads each number back into the narrower dtype at random, so averages
   stay right; what is in 8 bits already stays as it is.
@@ -130,12 +132,15 @@ def with_quantized_state(
     )
 
   def encode(leaf: jax.Array, key: _rounding.Key) -> QuantizedLeaf:
-    return _quantize(leaf, _scales_shape(leaf.shape, length), key)
+    stored = quantize_leaf(leaf, _blocks.scales_shape(leaf.shape, length), key)
+    if isinstance(leaf, jax.core.Tracer) or stored.codes.sharding == leaf.sharding:
+      return stored
+    return stored._replace(codes=jax.device_put(stored.codes, leaf.sharding))
 
   def fits(stored: Any, like: Any) -> bool:
     return (
       isinstance(stored, QuantizedLeaf) and stored.codes.shape == like.shape
-      and stored.scales.shape == _scales_shape(like.shape, length)
+      and stored.scales.shape == _blocks.scales_shape(like.shape, length)
     )
 
   codec = _storage.Codec(
@@ -170,101 +175,63 @@ def _decode(stored: QuantizedLeaf, like: Any, key: _rounding.Key) -> jax.Array:
 
 def stored_bytes(shape: tuple[int, ...]) -> int:
   """Bytes of a leaf of `shape` in blocks of the default length."""
-  return math.prod(shape) + 2 * math.prod(_scales_shape(shape, _BLOCK))
+  return math.prod(shape) + 2 * math.prod(_blocks.scales_shape(shape, _BLOCK))
 
 
-def _scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
-  """Leading axes, number of blocks, ones: blocks span as few trailing axes as hold `block`."""
-  if not shape:
-    return ()
-  axis = len(shape) - 1
-  while axis > 0 and math.prod(shape[axis:]) < block:
-    axis -= 1
-  rest = (1,) * (len(shape) - axis - 1)
-  return (*shape[:axis], _block_count(math.prod(shape[axis:]), block), *rest)
+def _partitioned(function: Callable[..., Any], like: jax.Array, *arrays: Any) -> Any:
+  """`function(*arrays)`; on explicit mesh axes its results lie as `like`, as far as they can."""
+  if AxisType.Explicit not in jax.typeof(like).sharding.mesh.axis_types:
+    return function(*arrays)
+  mesh, spec = jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec
+
+  def place(x: Any) -> NamedSharding:
+    axes = [a if a is not None and n % _devices(mesh, a) == 0 else None
+            for a, n in zip(spec, x.shape)]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  places = jax.tree.map(place, jax.eval_shape(function, *jax.tree.map(_bare, arrays)))
+  return jax.sharding.auto_axes(function, out_sharding=places)(*arrays)
 
 
-def _block_count(size: int, block: int) -> int:
-  """How many blocks `size` numbers are cut into: without a remainder if that is possible."""
-  lengths = [n for n in range(3 * block // 4, 3 * block // 2 + 1) if size % n == 0]
-  if lengths:
-    return size // min(lengths, key=lambda n: abs(n - block))
-  return max(1, math.ceil(size / block))
+def _bare(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _to_blocks(x: jax.Array, scales_shape: tuple[int, ...]) -> jax.Array:
-  """`x` as `(leading axes, blocks, length)`, zeros at the end where the last block is not full."""
-  lead, count = _lead_and_count(scales_shape)
-  size = math.prod(x.shape[len(lead):])
-  length = math.ceil(size / count)
-  spec = _specification(x)
-  kept, rest = spec[:len(lead)], spec[len(lead):]
-  if count * length > size:
-    padding = [(0, 0)] * len(lead) + [(0, count * length - size)]
-    x = jnp.pad(_laid_out(x, (*lead, size), (*kept, None)), padding)
-    rest = ()
-  whole = bool(rest) and not any(rest[1:]) and count % _parts(x, rest[0]) == 0
-  return _laid_out(x, (*lead, count, length), (*kept, rest[0] if whole else None, None))
-
-
-def _from_blocks(blocks: jax.Array, like: jax.Array) -> jax.Array:
-  """The shape and sharding of `like` again."""
-  lead = blocks.shape[:-2]
-  size, spec = math.prod(like.shape[len(lead):]), _specification(blocks)
-  if math.prod(blocks.shape[-2:]) > size:
-    rows = (*lead, math.prod(blocks.shape[-2:]))
-    blocks = _laid_out(blocks, rows, (*spec[:-2], None))[..., :size]
-  return _laid_out(blocks, like.shape, _specification(like))
-
-
-def _specification(x: jax.Array) -> tuple[Any, ...]:
-  """How each axis is sharded, as far as that is part of the type (explicit mesh axes)."""
-  spec = tuple(jax.typeof(x).sharding.spec)
-  return spec + (None,) * (x.ndim - len(spec))
-
-
-def _laid_out(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
-  # Where sharding is part of the type, a reshape has to say how its result is sharded.
-  if not any(spec) and not any(_specification(x)):
-    return x.reshape(shape)
-  mesh = jax.typeof(x).sharding.mesh
-  return lax.reshape(x, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def _parts(x: jax.Array, axes: Any) -> int:
-  """Over how many devices the mesh axes `axes` of a specification spread."""
-  names = axes if isinstance(axes, tuple) else (axes,)
-  return math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in names if a is not None)
-
-
-def _lead_and_count(scales_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-  # Where trailing ones leave it open which axis counts the blocks, every reading cuts alike.
-  used = [axis for axis, n in enumerate(scales_shape) if n != 1]
-  axis = used[-1] if used else 0
-  return tuple(scales_shape[:axis]), math.prod(scales_shape[axis:])
+def _devices(mesh: Any, axes: Any) -> int:
+  return math.prod(mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 # Traced once for each shape; called outside of jit, one program in place of some fifty.
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key) -> QuantizedLeaf:
-  x = _to_blocks(_rounding.round_to(leaf, jnp.float32, None), scales_shape)
-  draw = _to_blocks(_rounding.uniform(leaf.shape, key), scales_shape)
+def quantize_leaf(
+  leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key
+) -> QuantizedLeaf:
+  """`leaf` in 8 bits, in the blocks that scales of this shape count."""
+  return _partitioned(functools.partial(_quantize, scales_shape), leaf, leaf, key)
+
+
+def _quantize(
+  scales_shape: tuple[int, ...], leaf: jax.Array, key: _rounding.Key
+) -> QuantizedLeaf:
+  cut = _blocks.cut(leaf.shape, scales_shape)
+  x = _blocks.to_blocks(_rounding.round_to(leaf, jnp.float32, None), cut)
+  draw = _blocks.to_blocks(_rounding.uniform(leaf.shape, key), cut)
   finite = jnp.isfinite(x)
   size = jnp.where(finite, jnp.abs(x), jnp.zeros_like(x))
-  scale = _round_up(jnp.max(size, axis=-1, keepdims=True))
-  signed = jnp.any((x < 0) | ~finite, axis=-1, keepdims=True)
+  kept = _round_up(_blocks.largest(size, cut))
+  # 1 where a number of a block is not finite, 2 where one is negative: both in one pass.
+  odd = jnp.where(x < 0, np.int8(2), jnp.where(finite, np.int8(0), np.int8(1)))
+  odd = _blocks.largest(odd, cut)
+  scale, signed = _blocks.spread(kept, cut), _blocks.spread(odd > 0, cut)
   levels = jnp.where(signed, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
   code = _nearby_code(_share(size, scale), levels, draw)
   # A second moment of 0 under a momentum that is not 0 would divide by eps alone.
-  positive = ~jnp.any(x < 0, axis=-1, keepdims=True)
-  code = jnp.where(positive & (size > 0), jnp.maximum(code, 1), code).astype(jnp.int32)
-  code = jnp.where(jnp.isinf(x), _INFINITE, code)
+  code = jnp.where(_blocks.spread(odd < 2, cut) & (size > 0), jnp.maximum(code, 1), code)
+  code = jnp.where(jnp.isinf(x), _INFINITE, code.astype(jnp.int32))
   code = jnp.where(jnp.isnan(x), _NAN, jnp.where(x < 0, -code, code))
-  codes = _from_blocks((code & 0xFF).astype(jnp.uint8), leaf)
-  kept = jnp.where(signed, scale, -scale).astype(jnp.bfloat16)
-  spec = _specification(kept)[:len(scales_shape)]
-  spec += (None,) * (len(scales_shape) - len(spec))
-  return QuantizedLeaf(codes, _laid_out(kept, scales_shape, spec))
+  codes = _blocks.from_blocks((code & 0xFF).astype(jnp.uint8), cut, leaf.shape)
+  scales = jnp.where(odd > 0, kept, -kept).astype(jnp.bfloat16)
+  return QuantizedLeaf(codes, scales.reshape(scales_shape))
 
 
 def _share(size: jax.Array, scale: jax.Array) -> jax.Array:
@@ -285,9 +252,13 @@ def _nearby_code(share: jax.Array, levels: jax.Array, draw: jax.Array) -> jax.Ar
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(leaf: QuantizedLeaf, dtype: Any) -> jax.Array:
-  code = _to_blocks(leaf.codes.astype(jnp.int32), leaf.scales.shape)
-  scale = _laid_out(
-    leaf.scales.astype(jnp.float32), (*code.shape[:-1], 1), (*_specification(code)[:-1], None))
+  return _partitioned(functools.partial(_values, dtype), leaf.codes, leaf)
+
+
+def _values(dtype: Any, leaf: QuantizedLeaf) -> jax.Array:
+  cut = _blocks.cut(leaf.codes.shape, leaf.scales.shape)
+  code = _blocks.to_blocks(leaf.codes.astype(jnp.int32), cut)
+  scale = _blocks.spread(leaf.scales.astype(jnp.float32).reshape(*cut.lead, cut.blocks), cut)
   signed = scale >= 0
   code = jnp.where(signed & (code >= 128), code - 256, code)
   levels = jnp.where(signed, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
@@ -296,7 +267,7 @@ def _dequantize(leaf: QuantizedLeaf, dtype: Any) -> jax.Array:
   infinity = jnp.copysign(jnp.float32(np.inf), value)
   value = jnp.where(signed & (jnp.abs(code) == _INFINITE), infinity, value)
   value = jnp.where(signed & (code == _NAN), jnp.float32(np.nan), value)
-  return _from_blocks(value, leaf.codes).astype(dtype)
+  return _blocks.from_blocks(value, cut, leaf.codes.shape).astype(dtype)
 
 
 def _eighth_power(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _checks, _leaves, _rounding
+from hina_optax import _checks, _layouts, _leaves, _rounding
 
 # Added to a wrapper's purpose: the noise with which state is read is not that of writing it.
 _READING = 16
@@ -68,7 +68,8 @@ def stored_transformation(
   def update(updates, state, params=None, **extra_args):
     wide, wide_params = widen(updates), widen(params)
     # The stored leaf does not say in which dtype the inner keeps it; its `init` does.
-    like = jax.eval_shape(inner.init, wide if params is None else wide_params)
+    with _layouts.as_made(state):
+      like = jax.eval_shape(lambda tree: inner.init(tree), wide if params is None else wide_params)
     paths, likes, structure = paths_and_leaves(like, is_quantized)
     kept = _flatten_like(structure, restored(state.inner_state))
     key = _rounding.key(state.seed, state.step, purpose + _READING)

@@ -101,8 +101,7 @@ def cautious(
     del leaf, trees, scalars
     g = read[0]
     angle = _numerics.cosine(u, g)
-    moved = (_numerics.norm(u) > 0) & (_numerics.norm(g) > 0)
-    apart = moved & (angle < _numerics.scalar(threshold, u.dtype))
+    apart = _numerics.have_directions(u, g) & (angle < _numerics.scalar(threshold, u.dtype))
     return u * jnp.where(apart, _numerics.scalar(factor, u.dtype), 1), (), (angle,)
 
   def update(updates, state, params=None, **extra_args):

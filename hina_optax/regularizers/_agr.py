@@ -70,6 +70,6 @@ def adaptive_gradient_regularization(
 
 def _coefficient(g: jax.Array, form: str) -> jax.Array:
   if form == "clip":
-    return 1 / jnp.maximum(_numerics.norm(g), jnp.ones([], g.dtype))
+    return 1 / jnp.maximum(_numerics.wide_norm(g), jnp.ones([], g.dtype))
   size = jnp.abs(g)
   return 1 - size * _numerics.reciprocal(_numerics.total(size))

@@ -9,6 +9,9 @@ import optax
 from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
 from hina_optax._numerics import Scalar
 
+# An average that became infinite would stay so.
+_LARGEST = 1e38
+
 
 class PreserveDetailState(NamedTuple):
   """State of `preserve_detail`.
@@ -100,7 +103,8 @@ def preserve_detail(
         return g * (share + (1 - share) / (1 + smoothed)), (variance,), ()
       if len(leaf.shape) < 2:
         return g, trees, ()
-      variance = _numerics.average(trees[0], _stencils.squared_differences(g, grid), decay)
+      squares = jnp.minimum(_stencils.squared_differences(g, grid), _LARGEST)
+      variance = _numerics.average(trees[0], squares, decay)
       return g / (1 + share * variance), (variance,), ()
 
     visited = _visits.visit(damp, updates, trees=(state.local_variance,))

@@ -9,6 +9,8 @@ import optax
 from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
 
 _TINY = 1e-30
+# Norms of gradients of which fp32 holds the squares of all elements that count.
+_LEAST, _MOST = 1e-15, 1e18
 _NOISE = 1e-6
 
 
@@ -23,7 +25,8 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
     o = g - \frac{\langle w, g \rangle}{\langle w, w \rangle + 10^{-30}}\, w, \qquad
     g \leftarrow o\, \frac{\|g\|}{\|o\| + 10^{-30}}
 
-  per leaf. A leaf whose parameters or gradient are zero passes through. Of a gradient parallel to
+  per leaf. A leaf whose parameters or gradient are zero passes through, also a gradient of a norm
+  below 1e-15 or above 1e18, whose squares fp32 does not hold. Of a gradient parallel to
   the parameters (always so with one element) nothing is left but rounding noise, which the formula
   would scale up to the old norm: below 1e-6 of the gradient the result is 0.
 
@@ -76,5 +79,5 @@ def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:
   rest = g - along * w
   size, left = _numerics.norm(g), _numerics.norm(rest)
   scale = jnp.where(left > _NOISE * size, _numerics.safe_divide(size, left + _TINY), 0)
-  usable = (size > _TINY) & (_numerics.norm(w) > _TINY) & jnp.isfinite(size)
+  usable = (size > _LEAST) & (size < _MOST) & (_numerics.norm(w) > _TINY)
   return jnp.where(usable, rest * scale, g)
