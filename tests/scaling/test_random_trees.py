@@ -233,7 +233,7 @@ def explore(case: Case, count: int) -> None:
   jax.clear_caches()
 
 
-SHOWN = ("suppress_high_frequency", "cautious")
+SHOWN = ("cautious",)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in SHOWN], ids=str)

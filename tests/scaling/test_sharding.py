@@ -111,7 +111,7 @@ def test_sharded_training_is_that_of_one_device(case, shape):
   trees.assert_close(params, expected, 0.0, 1e-5)
 
 
-EXPLICIT_SHOWN = ("suppress_edges", "project_to_init")
+EXPLICIT_SHOWN = ("suppress_edges",)
 
 
 @pytest.mark.parametrize("case", [
