@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from hina_optax import _checks, _leaves, _numerics, _rows, _stacks, _visits
 from hina_optax._numerics import Scalar
@@ -127,6 +128,16 @@ def _applied(u: jax.Array, param: jax.Array, step_dtype: Any) -> jax.Array:
   """What `optax.apply_updates` adds to a parameter, which may round it to bf16 or not move it."""
   same = param.dtype == step_dtype
   dtype = step_dtype if same else _numerics.compute_dtype(param.dtype, step_dtype)
-  new = (param.astype(dtype) + u.astype(step_dtype).astype(dtype)).astype(param.dtype)
-  moved = new.astype(u.dtype) - param.astype(u.dtype)
+  new = param.astype(dtype) + u.astype(step_dtype).astype(dtype)
+  moved = _as_stored(new, param.dtype).astype(u.dtype) - param.astype(u.dtype)
   return jnp.where(jnp.isfinite(moved), moved, jnp.zeros_like(moved))
+
+
+def _as_stored(x: jax.Array, dtype: Any) -> jax.Array:
+  """`x` as it is read after it was stored in `dtype`."""
+  if jnp.dtype(dtype).itemsize >= 4:
+    return x.astype(dtype)
+  # Inside of jit XLA would leave out a cast to fewer bits and back.
+  info, wide = jnp.finfo(dtype), x.astype(jnp.float32)
+  rounded = lax.reduce_precision(wide, info.nexp, info.nmant)
+  return jnp.where(jnp.abs(wide) < float(info.tiny), x.astype(dtype).astype(jnp.float32), rounded)

@@ -16,8 +16,7 @@ import hina_optax as ho
 from hina_optax import memory
 
 # These hold the others' parts, and the way of the numbers through their sums.
-SHOWN = ("suppress_edges", "attenuate_background-fast", "scale_by_hina-torque-adopt", "cautious",
-         "scale_by_importance", "project_to_init")
+SHOWN = ("suppress_edges", "scale_by_hina-torque-adopt", "scale_by_importance")
 BAD = (jnp.nan, jnp.inf, -jnp.inf)
 some_cases = pytest.mark.parametrize("case", [
   pytest.param(c, marks=[] if c.name in SHOWN else [pytest.mark.slow]) for c in CASES], ids=str)

@@ -111,7 +111,7 @@ def test_sharded_training_is_that_of_one_device(case, shape):
   trees.assert_close(params, expected, 0.0, 1e-5)
 
 
-EXPLICIT_SHOWN = ("suppress_edges", "project_to_init")
+EXPLICIT_SHOWN = ("suppress_edges",)
 
 
 @pytest.mark.parametrize("case", [
@@ -169,7 +169,7 @@ MAKES = {
 
 
 @pytest.mark.parametrize("make", [
-  pytest.param(make, id=name, marks=[] if name in ("bf16", "bf16 of adamw") else pytest.mark.slow)
+  pytest.param(make, id=name, marks=[] if name == "bf16 of adamw" else pytest.mark.slow)
   for name, make in MAKES.items()
 ])
 def test_only_whole_leaves_are_stacked(make):
