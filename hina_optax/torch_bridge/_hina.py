@@ -198,10 +198,7 @@ def _rule(o: HinaOptions) -> _rules.Rule:
   def update(updates, state, params, numbers):
     # What was dropped for the budget was said when it was decided.
     now: dict[str, Any] = dict.fromkeys(transformation.decide(params).plan.dropped, False)
-    now |= {
-      "learning_rate": numbers["lr"], "weight_decay": numbers["weight_decay"],
-      "emergency_simplify": False,
-    }
+    now |= {"learning_rate": numbers["lr"], "weight_decay": numbers["weight_decay"]}
     return alias.build(dataclasses.replace(o, **now)).update(updates, state, params)
 
   numbers = {"lr": float(o.learning_rate), "weight_decay": float(o.weight_decay)}

@@ -29,7 +29,8 @@ def round_trip(state):
 
 
 def noisy(learning_rate=1e-2):
-  return optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(learning_rate))
+  key = jax.random.key(3, impl="rbg")
+  return optax.chain(optax.add_noise(0.1, 0.5, key=key), optax.sgd(learning_rate))
 
 
 def packed():
