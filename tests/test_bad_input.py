@@ -242,8 +242,9 @@ def test_apply_if_finite_skips_the_step_whole():
   good, bad = trees.sequence(params, 2)
   bad["square"] = bad["square"].at[0, 0].set(math.nan)
   state = tx.init(params)
-  _, state = jax.jit(tx.update)(good, state, params)
-  updates, skipped = jax.jit(tx.update)(bad, state, params)
+  update = jax.jit(tx.update)
+  _, state = update(good, state, params)
+  updates, skipped = update(bad, state, params)
   trees.assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
   trees.assert_equal(skipped.inner_state, state.inner_state)
   assert int(skipped.total_notfinite) == 1

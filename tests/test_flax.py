@@ -98,7 +98,7 @@ class Wide(nnx.Module):
     return x
 
 
-@pytest.mark.parametrize("share", [0.7, 0.5])
+@pytest.mark.parametrize("share", [pytest.param(0.7, marks=pytest.mark.slow), 0.5])
 def test_an_nnx_optimizer_keeps_its_state_as_planned(share):
   """Names and plans must not depend on the variables that nnx puts around every array."""
   light = dict(background_regularization=False, use_agr=False, use_lr_mask=False,

@@ -30,6 +30,12 @@ def mixed(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
   ])
 
 
+def few() -> dict[str, Any]:
+  """A matrix and a LoRA pair, where how a transformation is driven matters and not on what."""
+  tree = mixed()
+  return {name: tree[name] for name in ("attn", "square")}
+
+
 def sequence(tree: Any, steps: int, seed: int = 1, scale: float = 1.0) -> list[Any]:
   """Random gradients like `tree`, one tree a step."""
   rng = np.random.default_rng(seed)

@@ -29,20 +29,21 @@ def test_every_snippet_of_the_guide_runs(capsys):
   torch.manual_seed(0)
   scope = {"model": torch.nn.Sequential(torch.nn.Linear(8, 2, bias=False),
                                         torch.nn.Linear(2, 6, bias=False))}
-  before = None
+  stepped = set()
   for snippet in SNIPPETS:
     code = snippet.replace("library.hina_adaptive", "hina_optax.torch_bridge")
     exec(code, scope)
-    optimizer = scope["optimizer"]
-    if optimizer is not before:
+    features = tuple(scope["optimizer"].get_optimization_info()["features"])
+    if features not in stepped:
       scope["model"](torch.ones(4, 8)).square().mean().backward()
-      optimizer.step()
-    before = optimizer
+      scope["optimizer"].step()
+    stepped.add(features)
   printed = capsys.readouterr().out
   assert re.search(r"啟用的正則化技術: \['background_regularization', .*'use_tam'\]", printed)
   assert re.search(r"記憶體壓力: \d+\.\d+%", printed)
   assert re.search(r"緩衝池記憶體: \d+\.\d+MB", printed)
   assert len(SNIPPETS) == 19
+  assert len(stepped) == 7  # what the guide switches on, from the basic to the full configuration
 
 
 @functools.cache
