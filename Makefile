@@ -34,4 +34,4 @@ bench: $(VENV)/.installed
 		--plot benchmarks/results/growth.png
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output
+	rm -rf $(VENV) build *.egg-info demo_output bridge_output distributed_output
