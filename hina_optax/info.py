@@ -8,13 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hina_optax import core, memory, modulators, regularizers
-from hina_optax.options import HinaOptions
+from hina_optax.options import MEMORY_OPTIONS, HinaOptions
 
 _MB = 1 << 20
-_MEMORY_OPTIONS = (
-  "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
-  "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
-)
 # Options by the state that shows they are on.
 _FEATURES: dict[type, str] = {
   regularizers.AdaptiveGradientRegularizationState: "use_agr",
@@ -75,7 +71,7 @@ def get_optimization_info(state: Any, optimizer: Any = None) -> dict[str, Any]:
   return {
     "features": sorted(_features(parts)),
     "memory_optimization": _memory(state) | {
-      name: options[name] for name in _MEMORY_OPTIONS if name in options
+      name: options[name] for name in MEMORY_OPTIONS if name in options
     },
     "figures": _figures(parts),
     "options": options,

@@ -20,6 +20,11 @@ _REPLACEMENT = (
 )
 # Whatever carries one of these words was an option of the removed Fourier features.
 _REMOVED_WORDS = ("fourier", "super_resolution", "adaptive_frequency_weighting")
+# They say where state lies, not what is computed.
+MEMORY_OPTIONS = (
+  "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
+  "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
+)
 _OTHER_NAMES = {"lr": "learning_rate", "b1": "betas", "b2": "betas", "mask": "weight_decay_mask"}
 
 

@@ -9,17 +9,12 @@ from typing import Any
 import torch
 
 from hina_optax import _leaves, alias, info, planning
-from hina_optax.options import HinaOptions
+from hina_optax.options import MEMORY_OPTIONS, HinaOptions
 from hina_optax.torch_bridge import _rules, _saving
 from hina_optax.torch_bridge._cohort import Cohort
 from hina_optax.torch_bridge._optimizer import BridgedOptimizer
 
 _NUMBERS = "learning_rate", "weight_decay"
-# They say where state lies, not what is computed: a saved state is moved when they differ.
-_MEMORY = (
-  "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
-  "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
-)
 _IN_RATES = "lr_bump", "min_lr", "max_lr"
 _NEVER = 2**31 - 1
 _MB = 1 << 20
@@ -109,7 +104,7 @@ class HinaAdaptive(BridgedOptimizer):
 
   def _pack(self) -> dict[str, Any]:
     return super()._pack() | {
-      "memory": {name: getattr(self._options, name) for name in _MEMORY}}
+      "memory": {name: getattr(self._options, name) for name in MEMORY_OPTIONS}}
 
   def _unpack(self, packed: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[list[Cohort]]:
     # The state is read as it was saved, and then moved to where the options now say.
@@ -224,7 +219,7 @@ def _bytes_of(group: Mapping[str, Any]) -> int:
 
 def _described(o: HinaOptions) -> dict[str, Any]:
   """The options that a state belongs to, as strings and numbers."""
-  unused = {*_NUMBERS, *_MEMORY}
+  unused = {*_NUMBERS, *MEMORY_OPTIONS}
   if not o.sd_scripts_compat and all(getattr(o, name) is None for name in _IN_RATES):
     unused.add("reference_lr")
   return {name: _plain(x) for name, x in o.as_dict().items() if name not in unused}

@@ -1,5 +1,6 @@
 """What every bridged optimizer does as a `torch.optim.Optimizer`."""
 
+import abc
 import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from hina_optax.torch_bridge._cohort import Cohort
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr"}
 
 
-class BridgedOptimizer(torch.optim.Optimizer):
+class BridgedOptimizer(torch.optim.Optimizer, abc.ABC):
   """A `torch.optim.Optimizer` whose update is a compiled JAX program.
 
   Parameters of a group that begin together share one state. What torch calls `state` stays empty.
@@ -27,13 +28,13 @@ class BridgedOptimizer(torch.optim.Optimizer):
     first = self.param_groups[0]
     self.defaults = {name: first[name] for name in self._rule(0, first).numbers} | self._numbers
 
+  @abc.abstractmethod
   def _rule(self, index: int, group: Mapping[str, Any]) -> _rules.Rule:
     """The rule of a group."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _identity(self) -> dict[str, Any]:
     """What a saved state must agree with."""
-    raise NotImplementedError
 
   def add_param_group(self, param_group: dict[str, Any]) -> None:
     """Adds parameters with numbers of their own, which begin at their first step.
