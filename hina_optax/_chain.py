@@ -8,6 +8,7 @@ import optax
 
 from hina_optax import (
   _leaves,
+  _parts,
   _rate_units,
   _stacks,
   core,
@@ -28,9 +29,7 @@ def chain_of(
 
   Leaves whose paths are in `apart` are not stacked; `None`: those that are seen to be sharded.
   """
-  parts = _joined(
-    core.upcast_updates(), *_regularizers(o), _optimizer(o), core.cast_updates_to_params()
-  )
+  parts = core.in_bounds(_parts.chain(*_regularizers(o), _optimizer(o)))
   batches = _is_more_than_adam(o) if o.leaf_batching is None else o.leaf_batching
   if not batches:
     return parts
@@ -46,12 +45,6 @@ def _is_more_than_adam(o: HinaOptions) -> bool:
     o.lora_rank_penalty, o.use_orthogonal_grad, o.use_tam, o.use_adopt_stability, o.use_cautious,
     o.use_grams, o.use_lr_mask, o.use_dynamic_adaptation, o.use_spd,
   ))
-
-
-def _joined(*parts: optax.GradientTransformationExtraArgs) -> _stacks.Part:
-  """A chain of parts that all take stacked leaves, or treat each element by itself."""
-  chain = optax.chain(*parts)
-  return _stacks.Part(chain.init, chain.update)
 
 
 def _kinds(o: HinaOptions, params: Any) -> list[Any]:
@@ -156,9 +149,9 @@ def _weight_decay(
 def _optimizer(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
   scale = optax.scale_by_learning_rate(o.learning_rate)
   if o.sd_scripts_compat:
-    steps = _joined(_modulated(o), scale, _weight_decay(o, o.learning_rate))
+    steps = _parts.chain(_modulated(o), scale, _weight_decay(o, o.learning_rate))
   else:
-    steps = _joined(_modulated(o), _weight_decay(o, None), scale)
+    steps = _parts.chain(_modulated(o), _weight_decay(o, None), scale)
   if not o.use_spd:
     return steps
   return modulators.project_to_init(

@@ -18,6 +18,7 @@ Scalar = float | int | jax.Array
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
 _SQUARES = 1e-30, 1e36
+_LARGEST_SQUARABLE = 1.8e19
 
 
 def compute_dtype(*dtypes: Any) -> Any:
@@ -44,22 +45,24 @@ def narrowed(x: Array, dtype: Any) -> Array:
   return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x).astype(dtype)
 
 
-def inner_product(x: Array, y: Array) -> Array:
-  """Sum of `x * y` over all axes, as one contraction.
+def squarable(x: Array) -> Array:
+  """`x` within plus and minus 1.8e19, the square of which fp32 holds."""
+  return jnp.clip(x, -_LARGEST_SQUARABLE, _LARGEST_SQUARABLE)
 
-  A contraction is several times faster than a reduction on CPUs and keeps a sharded leaf where it
-  is: only the scalar is all-reduced.
+
+def inner_product(x: Array, y: Array) -> Array:
+  """Sum of `x * y` over all axes.
+
+  XLA computes arithmetic and absolute values on the way into a sum, on CPUs too, and writes nothing
+  out; comparisons, selections and casts it does write out there. Of a sharded leaf only the scalar
+  is all-reduced.
   """
-  axes = tuple(range(x.ndim))
-  return lax.dot_general(
-    x, y, ((axes, axes), ((), ())),
-    precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype,
-  )
+  return jnp.sum(x * y)
 
 
 def total(x: Array) -> Array:
   """Sum over all axes."""
-  return inner_product(x, jnp.ones_like(x))
+  return jnp.sum(x)
 
 
 def mean(x: Array) -> Array:
@@ -72,8 +75,7 @@ def fraction(mask: Array, dtype: Any = jnp.float32) -> Array:
   if mask.size > _LARGEST_FP32_COUNT:
     return jnp.sum(mask.astype(jnp.int32)).astype(dtype) / mask.size
   # Integer sums are an order of magnitude slower on CPUs.
-  counted = mask.astype(dtype)
-  return inner_product(counted, counted) / max(mask.size, 1)
+  return mean(mask.astype(dtype))
 
 
 def norm(x: Array) -> Array:
@@ -115,8 +117,7 @@ def have_directions(x: Array, y: Array) -> Array:
 
 def variance(x: Array) -> Array:
   """Unbiased variance (n - 1) over all axes; 0 for fewer than two elements."""
-  centred = x - mean(x)
-  return inner_product(centred, centred) / max(x.size - 1, 1)
+  return total(jnp.square(x - mean(x))) / max(x.size - 1, 1)
 
 
 def average(old: Array, new: Array, decay: Any) -> Array:
@@ -135,6 +136,13 @@ def debias(decay: Any, count: Array, dtype: Any = jnp.float32, precise: bool = F
   if precise and isinstance(decay, float) and decay > 0:
     return -jnp.expm1(steps * math.log(decay))
   return 1 - scalar(decay, dtype) ** steps
+
+
+def after(first: Array, x: Array) -> Array:
+  """`x`, which the compiler takes to depend on `first`, and so computes later."""
+  word = lax.bitcast_convert_type(first[(0,) * first.ndim].astype(jnp.float32), jnp.int32)
+  never = lax.population_count(word) > 32
+  return jnp.where(never, jnp.zeros_like(x), x)
 
 
 def order_statistic(x: Array, rank: int) -> Array:

@@ -12,6 +12,8 @@ from hina_optax.options import HinaOptions
 _ORIGINAL = {"lr_bump": 3e-6, "min_lr": 1e-7, "max_lr": 1e-3}
 _RELATIVE = {"lr_bump": 0.03, "min_lr": 1e-3, "max_lr": 10.0}
 _SAMPLES = 33
+# A reference below it counts as none: multiples of it would leave fp32.
+_LEAST_RATE = 1e-30
 
 
 class RateUnits(NamedTuple):
@@ -33,7 +35,7 @@ def resolve(options: HinaOptions) -> RateUnits:
     if value is None:
       return _RELATIVE[name]
     if isinstance(value, (int, float)) and isinstance(reference, float):
-      return value / reference if reference else _RELATIVE[name]
+      return value / reference if reference > _LEAST_RATE else _RELATIVE[name]
     dtype = jnp.float32
     return _numerics.safe_divide(
       _numerics.scalar(value, dtype), _numerics.scalar(reference, dtype), _RELATIVE[name]

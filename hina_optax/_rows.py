@@ -8,7 +8,8 @@ import optax
 from jax.extend import core
 
 from hina_optax import _leaves
-from hina_optax._stacks import Group, Layout, Part, Stacks
+from hina_optax._parts import SURVEYED, Part
+from hina_optax._stacks import Group, Layout, Stacks
 
 
 def aware(inner: optax.GradientTransformation) -> Part:
@@ -38,6 +39,7 @@ def aware(inner: optax.GradientTransformation) -> Part:
     return _merged(frames, states, params.layout)
 
   def update(updates, state, params=None, **extra_args):
+    extra_args.pop(SURVEYED, None)
     if not isinstance(updates, Stacks):
       return inner.update(updates, state, params, **extra_args)
     if updates.layout not in checked:

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
-from hina_optax import _leaves, _numerics, _shardings
+from hina_optax import _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
 
@@ -19,13 +18,6 @@ Kinds = Callable[[Any], list[Any]]
 _CHUNK = 512
 # Below as many rows a program for each is cheaper than looking up where it begins.
 _FEW = 8
-
-
-class Part(optax.GradientTransformationExtraArgs):
-  """A transformation that takes `Stacks` as it takes any tree of parameters, and any sharding."""
-
-  def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> "Part":
-    return super().__new__(cls, init, _shardings.automatic(update))
 
 
 @dataclasses.dataclass(frozen=True)

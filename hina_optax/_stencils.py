@@ -28,6 +28,34 @@ class Grid(NamedTuple):
   axes: tuple[int, ...]
 
 
+class Field(NamedTuple):
+  """A leaf on which stencils act.
+
+  Attributes:
+    values: of the leaf. What else is computed from the leaf should read these too.
+    grid: along which axes.
+    frame: a flat leaf with zeros before and behind it; `None` where the leaf keeps its shape.
+    reach: how many zeros on each side.
+  """
+
+  values: Array
+  grid: Grid
+  frame: Array | None = None
+  reach: int = 0
+
+
+def field(x: Array, grid: Grid) -> Field:
+  """A leaf in its own shape, or flat."""
+  if len(grid.shape) == 1 or x.ndim > 1:
+    return Field(x, grid)
+  reach = max(_strides(grid), default=0)
+  # Without the first barrier arithmetic would be done on the way into the frame, with a branch for
+  # each element; without the second the frame would be made again for each neighbour.
+  x = lax.optimization_barrier(x)
+  frame = lax.optimization_barrier(lax.pad(x, jnp.zeros([], x.dtype), [(reach, reach, 0)]))
+  return Field(x, grid, frame, reach)
+
+
 class _Neighbours(NamedTuple):
   """Along one axis: the neighbours below and above, and where there is none (0 stands there)."""
 
@@ -37,14 +65,15 @@ class _Neighbours(NamedTuple):
   last: Array
 
 
-def laplacian(x: Array, grid: Grid, border: str = "replicate") -> Array:
+def laplacian(leaf: Field, border: str = "replicate") -> Array:
   """Second difference summed over the axes.
 
   `border="replicate"` takes the missing neighbour to equal the element itself; `"zero"` gives a
   second difference of 0 along an axis on that axis's first and last place.
   """
+  x = leaf.values
   result = jnp.zeros_like(x)
-  for at in _neighbours(x, grid):
+  for at in _neighbours(leaf):
     if border == "replicate":
       below, above = (jnp.where(edge, x, y) for edge, y in _sides(at))
       result = result + ((above - x) - (x - below))
@@ -54,19 +83,21 @@ def laplacian(x: Array, grid: Grid, border: str = "replicate") -> Array:
   return result
 
 
-def squared_differences(x: Array, grid: Grid) -> Array:
+def squared_differences(leaf: Field) -> Array:
   """Sum over the existing neighbours of the squared difference to that neighbour."""
+  x = leaf.values
   result = jnp.zeros_like(x)
-  for at in _neighbours(x, grid):
+  for at in _neighbours(leaf):
     below, above = (jnp.where(edge, jnp.zeros_like(x), y - x) for edge, y in _sides(at))
     result = result + (jnp.square(below) + jnp.square(above))
   return result
 
 
-def absolute_differences(x: Array, grid: Grid) -> Array:
+def absolute_differences(leaf: Field) -> Array:
   """Sum over the axes of `|x[i] - x[i-1]|`, 0 in the first place."""
+  x = leaf.values
   result = jnp.zeros_like(x)
-  for at in _neighbours(x, grid):
+  for at in _neighbours(leaf):
     result = result + jnp.where(at.first, jnp.zeros_like(x), jnp.abs(x - at.lower))
   return result
 
@@ -74,7 +105,7 @@ def absolute_differences(x: Array, grid: Grid) -> Array:
 def box_mean(x: Array, grid: Grid, border: str = "replicate") -> Array:
   """Mean over three places along each axis; `border="zero"` counts missing ones as 0."""
   for axis in grid.axes:
-    [at] = _neighbours(x, Grid(grid.shape, (axis,)))
+    [at] = _neighbours(field(x, Grid(grid.shape, (axis,))))
     if border == "replicate":
       below, above = (jnp.where(edge, x, y) for edge, y in _sides(at))
       x = x + ((above - x) - (x - below)) / 3
@@ -88,11 +119,11 @@ def _sides(at: _Neighbours) -> Iterator[tuple[Array, Array]]:
   return zip((at.first, at.last), (at.lower, at.upper))
 
 
-def _neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
+def _neighbours(leaf: Field) -> Iterator[_Neighbours]:
   """For each axis."""
-  if len(grid.shape) > 1 and x.ndim == 1:
-    return _flat_neighbours(x, grid)
-  return _shaped_neighbours(x, grid)
+  if leaf.frame is None:
+    return _shaped_neighbours(leaf.values, leaf.grid)
+  return _flat_neighbours(leaf, leaf.frame)
 
 
 def _shaped_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
@@ -108,23 +139,27 @@ def _shaped_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
     yield _Neighbours(lower, upper, places == 0, places == x.shape[axis] - 1)
 
 
-def _flat_neighbours(x: Array, grid: Grid) -> Iterator[_Neighbours]:
+def _flat_neighbours(leaf: Field, frame: Array) -> Iterator[_Neighbours]:
   # Slices of one frame, so that no branch stands in the innermost loop.
-  strides = [int(np.prod(grid.shape[axis + 1:])) for axis in grid.axes]
-  reach = max(strides, default=0)
-  frame = lax.pad(x, jnp.zeros([], x.dtype), [(reach, reach, 0)])
-  places = lax.iota(jnp.uint32, x.size)
-  for axis, stride in zip(grid.axes, strides):
-    size = grid.shape[axis]
-    if size * stride == x.size:
-      first, last = places < np.uint32(stride), places >= np.uint32(x.size - stride)
+  count = leaf.values.size
+  places = lax.iota(jnp.uint32, count)
+  for axis, stride in zip(leaf.grid.axes, _strides(leaf.grid)):
+    size = leaf.grid.shape[axis]
+    if size * stride == count:
+      first, last = places < np.uint32(stride), places >= np.uint32(count - stride)
     else:
       along = lax.rem(lax.div(places, _like(places, stride)), _like(places, size))
       first, last = along == 0, along == np.uint32(size - 1)
     lower, upper = (
-      lax.slice(frame, [reach + shift], [reach + shift + x.size]) for shift in (-stride, stride)
+      lax.slice(frame, [leaf.reach + shift], [leaf.reach + shift + count])
+      for shift in (-stride, stride)
     )
     yield _Neighbours(lower, upper, first, last)
+
+
+def _strides(grid: Grid) -> list[int]:
+  """For each axis how far apart neighbours lie in a flat leaf."""
+  return [int(np.prod(grid.shape[axis + 1:])) for axis in grid.axes]
 
 
 def _like(places: Array, number: int) -> Array:

@@ -1,6 +1,8 @@
 """One loop that visits all leaves of a tree, stacked or not."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,19 @@ import numpy as np
 
 from hina_optax import _leaves, _numerics, _stencils
 from hina_optax._stacks import Group, Stacks
+
+_FINITE: ContextVar[bool] = ContextVar("whether what is visited is known to be finite",
+                                       default=False)
+
+
+@contextlib.contextmanager
+def known_finite() -> Iterator[None]:
+  """Inside, `visit` hands on what it is given: the caller has put 0 where it was not finite."""
+  token = _FINITE.set(True)
+  try:
+    yield
+  finally:
+    _FINITE.reset(token)
 
 
 class Visit(NamedTuple):
@@ -134,7 +149,8 @@ def visit(
 
   Absent leaves pass, with their state as it was. The function never sees an element of `updates` or
   `read` that is not finite: it sees 0 in its place, and such an update passes unchanged, so an
-  overflow in one element stays in that element and out of the state.
+  overflow in one element stays in that element and out of the state. Inside of `known_finite` that
+  was seen to before.
   """
   _leaves.check_floating(updates, "updates")
   leaves, structure = _leaves.flat(updates)
@@ -210,19 +226,22 @@ def _vector(found: list[tuple[Visit, Any]], old: jax.Array, gone: frozenset[int]
 
 def _apply(function, node, update, read, raw, trees, scalars):
   dtype = _numerics.compute_dtype(update.dtype)
-  finite = jnp.isfinite(update)
-  clean = jnp.where(finite, update, jnp.zeros_like(update)).astype(dtype)
-  seen = [None if x is None else _finite(x).astype(dtype) for x in read]
+  known = _FINITE.get()
+  clean = (update if known else finite(update)).astype(dtype)
+  seen = [None if x is None else (x if known else finite(x)).astype(dtype) for x in read]
   stored = [x.dtype for x in trees]
   new, new_trees, new_scalars = function(
     node, clean, (*seen, *raw), tuple(x.astype(dtype) if _is_float(x) else x for x in trees),
     tuple(scalars),
   )
-  new = jnp.where(finite, _numerics.narrowed(new, update.dtype), update)
+  new = _numerics.narrowed(new, update.dtype)
+  if not known:
+    new = jnp.where(jnp.isfinite(update), new, update)
   return new, tuple(x.astype(d) for x, d in zip(new_trees, stored)), new_scalars
 
 
-def _finite(x: jax.Array) -> jax.Array:
+def finite(x: jax.Array) -> jax.Array:
+  """`x` with 0 in place of what is not finite."""
   return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 

@@ -27,8 +27,8 @@ REPORTS = {
 LAYERS = [
   {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
   {"_leaves"},
-  {"_stacks"},
-  {"_layouts", "_abstract"},
+  {"_stacks", "_parts"},
+  {"_layouts", "_abstract", "_portions"},
   {"_visits", "_rows"},
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
 
 _TORQUE_EPS = 1e-8
 # Beyond it a square is infinite in fp32, and stays so: no later gradient would move the element.
-_LARGEST = 1.8e19
 
 
 class ScaleByHinaState(NamedTuple):
@@ -131,26 +130,30 @@ def scale_by_hina(
       return scaled, new.nu
 
     def step(leaf, g, read, trees, scalars):
-      del leaf, read
+      del read
       (mu, nu), dtype = trees, g.dtype
-      g = jnp.clip(g, -_LARGEST, _LARGEST)
+      # Cosines take care of their own squares, and sums want what is in memory already.
+      whole, g = g, _numerics.squarable(g)
       a = scalars[0].astype(dtype) if scalars else jnp.zeros([], dtype)
       source, new_nu = (
         normalise(g, nu) if stability == "adopt"
         else (g, _numerics.average(nu, jnp.square(g), b2))
       )
       if torque in ("average", "sum"):
-        a = _numerics.average(a, _numerics.cosine(mu, g), torque_decay)
+        a = _numerics.average(a, _numerics.cosine(mu, whole), torque_decay)
         source = source * (_TORQUE_EPS + (1 + a) / 2)
       keep = _numerics.scalar(b1, dtype)
       new_mu = keep * mu + (source if torque == "sum" else (1 - keep) * source)
+      if stability == "adopt" and leaf.stacked:
+        # The last to read the old second moment, which need not be copied then.
+        new_nu = _numerics.after(new_mu, new_nu)
       u = new_mu
       if stability != "adopt":
         shown = jnp.maximum(nu, new_nu) if stability == "max" else new_nu
         seen = None if torque == "sum" else count
         u = _adam_direction(u, shown, eps, (b1, b2), seen, precise_debias)
       if torque == "direction":
-        a = _numerics.average(a, _numerics.cosine(new_mu, g), torque_decay)
+        a = _numerics.average(a, _numerics.cosine(new_mu, whole), torque_decay)
         u = u * ((1 + a) / 2)
       return u, (new_mu, new_nu), (a,) if torque else ()
 
@@ -161,7 +164,7 @@ def scale_by_hina(
     mu, nu = visited.trees
     return visited.updates, ScaleByHinaState(count, mu, nu, new_torque)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
 def _adam_direction(

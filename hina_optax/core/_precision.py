@@ -1,45 +1,47 @@
-"""Casts at the two ends of a chain, so that nothing between them rounds to the gradient's dtype."""
+"""The two ends of a chain: between them every update is finite, in bounds and of at least fp32."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from hina_optax import _leaves, _numerics, _stacks
+from hina_optax import _leaves, _numerics, _parts, _visits
 
 
-def upcast_updates() -> optax.GradientTransformationExtraArgs:
-  """Updates in at least fp32, without state."""
+def in_bounds(inner: _parts.Part) -> _parts.Part:
+  """`inner` on updates of at least fp32, with 0 for what is not finite and squares that fp32 holds.
 
-  def init(params: Any) -> optax.EmptyState:
+  What is not finite passes unchanged, the rest comes out in the dtype of its parameter. Each part
+  would see to it by itself, at the price of a pass over the updates or two: here it is done once.
+  Parameters are handed on as they are: one that is not finite makes its own update so.
+  """
+
+  def init(params: Any) -> Any:
     _leaves.check_floating(params, "params")
-    return optax.EmptyState()
+    return inner.init(params)
 
   def update(updates, state, params=None, **extra_args):
-    del params, extra_args
     _leaves.check_floating(updates, "updates")
-    return jax.tree.map(lambda g: _cast(g, _numerics.compute_dtype(g.dtype)), updates), state
+    with _visits.known_finite():
+      results, state = inner.update(jax.tree.map(_bounded, updates), state, params, **extra_args)
+    leaves, structure = _leaves.flat(updates)
+    found = structure.flatten_up_to(results)
+    likes = leaves if params is None else structure.flatten_up_to(params)
+    new = [x if _leaves.is_absent(x) else _rejoined(u, x, like, params is None)
+           for x, u, like in zip(leaves, found, likes)]
+    return structure.unflatten(new), state
 
-  return _stacks.Part(init, update)
-
-
-def cast_updates_to_params() -> optax.GradientTransformationExtraArgs:
-  """Updates in the dtype of their parameters; as they are where there are no parameters."""
-
-  def update(updates, state, params=None, **extra_args):
-    del extra_args
-    if params is None:
-      return updates, state
-    _, leaves, structure = _leaves.flatten(updates)
-    cast = [
-      u if _leaves.is_absent(u) or _leaves.is_absent(p) else _cast(u, p.dtype)
-      for u, p in zip(leaves, structure.flatten_up_to(params))
-    ]
-    return structure.unflatten(cast), state
-
-  return _stacks.Part(lambda params: optax.EmptyState(), update)
+  return _parts.Part(init, update, inner.survey)
 
 
-def _cast(x: Any, dtype: Any) -> jax.Array:
-  return _numerics.narrowed(jnp.asarray(x), dtype)
+def _bounded(x: Any) -> jax.Array:
+  x = jnp.asarray(x)
+  wide = _visits.finite(x).astype(_numerics.compute_dtype(x.dtype))
+  return _numerics.squarable(wide)
+
+
+def _rejoined(new: Any, old: Any, like: Any, alone: bool) -> jax.Array:
+  """What came out, in the dtype of the parameter if there is one; what went in where not finite."""
+  dtype = new.dtype if alone or _leaves.is_absent(like) else like.dtype
+  new = _numerics.narrowed(jnp.asarray(new), dtype)
+  return jnp.where(jnp.isfinite(old), new, jnp.asarray(old).astype(dtype))

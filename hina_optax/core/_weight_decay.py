@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -104,7 +104,7 @@ def add_scheduled_weight_decay(
     visited = _visits.visit(decay, updates, read=(params,))
     return visited.updates, AddScheduledWeightDecayState(count)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
 def _remaining(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import _checks, _layouts, _leaves, _rows, _stacks
+from hina_optax import _checks, _layouts, _leaves, _parts, _portions, _rows, _stacks
 from hina_optax.memory import _storage
 
 # 4 MB in fp32: LoRA factors of any usual rank, but not the weights of a large model.
@@ -87,12 +87,12 @@ def with_leaf_batching(
   rebatched = getattr(inner, "rebatched", None)
   if rebatched is not None:
     return rebatched(int(max_elements))
-  part = inner if isinstance(inner, _stacks.Part) else _rows.aware(_storage.transformation(inner))
+  part = inner if isinstance(inner, _parts.Part) else _rows.aware(_storage.transformation(inner))
   return batched(part, int(max_elements), None if kind is None else _stacks.by_path(kind))
 
 
 def batched(
-  part: _stacks.Part, max_elements: int, kinds: _stacks.Kinds | None = None, *,
+  part: _parts.Part, max_elements: int, kinds: _stacks.Kinds | None = None, *,
   apart: frozenset[str] | None = None, careful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """`part`, which takes `Stacks`, for trees of the user.
@@ -118,11 +118,15 @@ def batched(
     if layout is None:
       return part.update(updates, state, params, **extra_args)
     leaves, structure = _leaves.flat(updates)
+    old, param_leaves = _stacks.as_stacks(layout, state), None
     if params is not None:
       param_leaves = structure.flatten_up_to(params)
       layout = _stacks.without(layout, leaves)
+    if _portions.pays(part, layout, leaves):
+      found, new = _portions.update(part, layout, leaves, old, param_leaves, extra_args)
+      return structure.unflatten(found), _stacks.as_dicts(new)
+    if param_leaves is not None:
       params = _stacks.stack(layout, param_leaves)
-    old = _stacks.as_stacks(layout, state)
     result, new = part.update(_stacks.stack(layout, leaves), old, params, **extra_args)
     new = _stacks.with_old_rows(layout, new, old)
     return structure.unflatten(_stacks.unstack(result, leaves)), _stacks.as_dicts(new)

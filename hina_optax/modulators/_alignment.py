@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _rows, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _rows, _visits
 from hina_optax._numerics import Scalar
 
 _LEAST_SHARE = 1e-3
@@ -112,7 +112,7 @@ def cautious(
     )
     return visited.updates, CautiousState(inner_state, *visited.scalars)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update, _parts.inner_survey(inner))
 
 
 def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -161,7 +161,7 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     visited = _visits.visit(turn, directions, read=(updates,))
     return visited.updates, GramsState(inner_state)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update, _parts.inner_survey(inner))
 
 
 def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from hina_optax import _checks, _leaves, _numerics, _visits
+from hina_optax import _checks, _numerics, _visits
 from hina_optax._numerics import Scalar
 from hina_optax.modulators import _relations
 from hina_optax.modulators._rates import RateRule, scale_by_rates
@@ -25,19 +25,22 @@ _QUANTA = 6553.5
 
 
 class ImportanceState(NamedTuple):
-  """State of `scale_by_importance`: three numbers a leaf, nothing per parameter.
+  """State of `scale_by_importance`: four numbers a leaf, nothing per parameter.
 
   Attributes:
     count: int32 scalar, steps seen.
     importance: fp32 vector, one number a leaf.
     initial_norm: fp32 vector: norm of the parameters at the first visit, -1 before it.
     relation: fp32 vector: compatibility with the related leaf, 0 without one.
+    gradient_size: fp32 vector: root mean square of the gradient at the last step, 0 before the
+      first; `None` with `relative=False`.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
   importance: jax.Array
   initial_norm: jax.Array
   relation: jax.Array
+  gradient_size: jax.Array | None
 
 
 def scale_by_importance(
@@ -56,7 +59,7 @@ def scale_by_importance(
 
   .. math:: k = \max(0.01,\; 0.4\,\hat g + 0.3\,\hat c + 0.3\,\hat\imath)
 
-  - `g`: root mean square of its gradient,
+  - `g`: root mean square of its gradient at the step before,
   - `c`: relative change of its parameters' norm since the first visit,
   - `i`: variance of its parameters times the share of them above 1e-6 in size,
 
@@ -81,15 +84,16 @@ def scale_by_importance(
     compatibility_threshold: in [0, 1].
     intrinsic_importance: `"full"` as above, or `"estimated"`: the constant 0.5 for `i`, which saves
       a pass over the parameters at each visit.
-    relative: `False` is the PyTorch original: absolute terms (`g` the norm), importance in steps of
-      1/6553.5, the first relation found, in the order of the leaves, instead of the best,
+    relative: `False` is the PyTorch original: absolute terms (`g` the norm, at the same step),
+      importance in steps of 1/6553.5, the first relation found, in the order of the leaves, instead
+      of the best,
       :math:`u \leftarrow \operatorname{clip}((1 + 0.2 q) \operatorname{clip}(s I, 0.1, 3), 0.01, 5)
       \, u`.
       A leaf with small gradients then decays towards a sixth of the learning rate.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ScaleByRatesState` that holds an
-    `ImportanceState`: 12 bytes a leaf beside the inner's state.
+    `ImportanceState`: 16 bytes a leaf beside the inner's state.
 
   Raises:
     ValueError: if an argument lies outside its range, or `params` are missing at the update.
@@ -102,7 +106,8 @@ def scale_by_importance(
     >>> tx = hina_optax.scale_by_importance(optax.identity(), interval=1, decay=0.0)
     >>> params = {"a": jnp.array([1.0, 3.0]), "b": jnp.array([1.0, 3.0])}
     >>> grads = {"a": jnp.array([3.0, 3.0]), "b": jnp.array([1.0, 1.0])}
-    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> _, state = tx.update(grads, tx.init(params), params)
+    >>> updates, _ = tx.update(grads, state, params)
     >>> [round(float(updates[k][0] / grads[k][0]), 3) for k in ("a", "b")]
     [1.2, 0.8]
 
@@ -139,15 +144,16 @@ def importance_rule(
       importance=_visits.per_leaf_scalars(params, start),
       initial_norm=_visits.per_leaf_scalars(params, -1.0),
       relation=_visits.per_leaf_scalars(params),
+      gradient_size=_visits.per_leaf_scalars(params) if relative else None,
     )
 
-  def prepare(updates, params, state):
-    _leaves.require_params(params, "scale_by_importance")
-    count = optax.safe_increment(state.count)
-    places = _present(updates, params)
+  def prepare(whole, state):
+    count, places = optax.safe_increment(state.count), whole.places()
+    # Trees are called for inside of the visit: elsewhere they would be made at every step.
     new = lax.cond(
       count % jnp.asarray(interval).astype(jnp.int32) == 0,
-      lambda *args: visit(places, *args), lambda *args: args[-1], updates, params, state,
+      lambda state: visit(places, whole.gradients(), whole.params(), state), lambda state: state,
+      state,
     )
     # The original searches for relations after it has begun the step.
     relation = new.relation if relative else state.relation
@@ -158,8 +164,10 @@ def importance_rule(
     index = np.array(places, np.int32)
     if not index.size:
       return state
-    terms, norms = _terms(places, gradients, parameters, state.initial_norm[index],
-                          intrinsic_importance, relative)
+    seen = state.gradient_size
+    size = _sizes(places, gradients) if seen is None else seen[index]
+    change, norms = _change(places, parameters, state.initial_norm[index])
+    terms = size, change, _intrinsic(places, parameters, intrinsic_importance)
     contribution = sum(w * (_relative(x) if relative else x) for w, x in zip(_WEIGHTS, terms))
     contribution = jnp.maximum(contribution, _LEAST_CONTRIBUTION)
     importance = _numerics.average(state.importance[index], contribution, decay)
@@ -177,47 +185,46 @@ def importance_rule(
     del g, trees
     return value.astype(u.dtype), ()
 
-  return RateRule(init, prepare, factor, per_leaf=True)
+  return RateRule(
+    init, prepare, factor, per_leaf=True, observed="gradient_size" if relative else None,
+    observe=_root_mean_square, reads_gradients=not relative, reads_params="scale_by_importance")
 
 
-def _present(updates: Any, params: Any) -> list[int]:
-  """Places of the leaves that have both a gradient and a parameter."""
-  gone = _visits.missing(updates)
-  gradients, structure = _leaves.flat(updates)
-  rows = zip(_visits.nodes(updates), gradients, structure.flatten_up_to(params))
-  return sorted(
-    place for node, *pair in rows if not any(map(_leaves.is_absent, pair))
-    for place in node.places if place not in gone
-  )
+def _root_mean_square(g: jax.Array) -> jax.Array:
+  return _numerics.norm(g) / max(g.size, 1) ** 0.5
 
 
-def _terms(places: list[int], gradients: Any, parameters: Any, initial_norm: jax.Array,
-           intrinsic_importance: str, relative: bool):
-  """Vectors of gradient size, change and intrinsic importance; and the parameters' norms."""
-  order = {place: i for i, place in enumerate(places)}
-  size = _visits.vector_of(lambda g: _size(_clean(g), relative), order, (gradients,))
-  norms = _visits.vector_of(lambda p: _numerics.norm(_clean(p)), order, (parameters,))
-  change = jnp.where(
-    initial_norm < 0, 0, _numerics.safe_divide(jnp.abs(norms - initial_norm), initial_norm)
-  )
-  if intrinsic_importance == "estimated":
-    intrinsic = jnp.full_like(norms, _INTRINSIC)
-  else:
-    intrinsic = _visits.vector_of(lambda p: _intrinsic(_clean(p)), order, (parameters,))
-  return (size, change, intrinsic), norms
+def _sizes(places: list[int], gradients: Any) -> jax.Array:
+  return _visits.vector_of(lambda g: _numerics.norm(_clean(g)), _order(places), (gradients,))
 
 
-def _size(g: jax.Array, relative: bool) -> jax.Array:
-  return _numerics.norm(g) / (max(g.size, 1) ** 0.5 if relative else 1.0)
+def _change(
+  places: list[int], parameters: Any, initial_norm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """How far each leaf's norm is from the first, relative to it; and the norms."""
+  norms = _visits.vector_of(lambda p: _numerics.norm(_clean(p)), _order(places), (parameters,))
+  moved = _numerics.safe_divide(jnp.abs(norms - initial_norm), initial_norm)
+  return jnp.where(initial_norm < 0, 0, moved), norms
+
+
+def _intrinsic(places: list[int], parameters: Any, how: str) -> jax.Array:
+  if how == "estimated":
+    return jnp.full(len(places), _INTRINSIC)
+
+  def one(p: jax.Array) -> jax.Array:
+    p = _clean(p)
+    return _numerics.variance(p) * (1 - _numerics.fraction(jnp.abs(p) < _SPARSE))
+
+  return _visits.vector_of(one, _order(places), (parameters,))
+
+
+def _order(places: list[int]) -> dict[int, int]:
+  return {place: i for i, place in enumerate(places)}
 
 
 def _clean(x: Any) -> jax.Array:
   x = jnp.asarray(x).astype(jnp.float32)
   return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def _intrinsic(p: jax.Array) -> jax.Array:
-  return _numerics.variance(p) * (1 - _numerics.fraction(jnp.abs(p) < _SPARSE))
 
 
 def _relative(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hina_optax import _checks, _leaves, _numerics, _rows, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _rows, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -115,7 +115,7 @@ def project_to_init(
     count = optax.safe_increment(state.count)
     return visited.updates, ProjectToInitState(count, inner_state, *visited.trees)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update, _parts.inner_survey(inner))
 
 
 def _selective_share(g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -6,7 +6,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _leaves, _numerics, _rows, _stacks, _visits
+from hina_optax import _leaves, _numerics, _parts, _portions, _rows, _visits
+
+
+class Whole(NamedTuple):
+  """All leaves; trees are called for where they are looked at, and made only there.
+
+  Attributes:
+    gradients: gives what goes into the modulator.
+    params: gives the parameters.
+    places: gives the places of the leaves that have both.
+  """
+
+  gradients: Callable[[], Any]
+  params: Callable[[], Any]
+  places: Callable[[], list[int]]
 
 
 class RateRule(NamedTuple):
@@ -14,12 +28,16 @@ class RateRule(NamedTuple):
 
   Attributes:
     init: `params -> state`.
-    prepare: `(gradients, params, state) -> (values, state)`: what needs all leaves at once.
+    prepare: `(whole, state) -> (values, state)`: what needs all leaves at once.
     factor: `(direction, gradient, trees, value) -> (factor, trees)`: the scale of one leaf, a
       scalar or one number an element, and its new per-element state. `value` is what `prepare`
       gave, or with `per_leaf` this leaf's entry of it.
     per_element: names of the state's fields that hold per-element state.
     per_leaf: whether `prepare` gives a vector with one number a leaf.
+    observed: a field of the state with one number a leaf; `None`: there is none.
+    observe: what stands in it after a step: `gradient -> number`.
+    reads_gradients: whether `prepare` calls for the gradients.
+    reads_params: the name of a rule that calls for the parameters.
   """
 
   init: Callable[..., Any]
@@ -27,6 +45,10 @@ class RateRule(NamedTuple):
   factor: Callable[..., tuple[Any, tuple]]
   per_element: tuple[str, ...] = ()
   per_leaf: bool = False
+  observed: str | None = None
+  observe: Callable[..., Any] = lambda gradient: None
+  reads_gradients: bool = False
+  reads_params: str | None = None
 
 
 class ScaleByRatesState(NamedTuple):
@@ -57,13 +79,21 @@ def scale_by_rates(
     return ScaleByRatesState(inner.init(params), tuple(rule.init(params) for rule in rules))
 
   def update(updates, state, params=None, **extra_args):
-    directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    prepared = [r.prepare(updates, params, s) for r, s in zip(rules, state.rules)]
+    known, prepared = extra_args.pop(_parts.SURVEYED, None) or (None, None)
+    directions, inner_state = inner.update(
+      updates, state.inner_state, params, **extra_args, **{_parts.SURVEYED: known})
+    for rule in rules:
+      if rule.reads_params:
+        _leaves.require_params(params, rule.reads_params)
+    whole = Whole(lambda: updates, lambda: params, lambda: _present(updates, params))
+    prepared = prepared or [rule.prepare(whole, own) for rule, own in zip(rules, state.rules)]
     fields = [(i, name) for i, rule in enumerate(rules) for name in rule.per_element]
+
+    watched = [(i, rule.observed) for i, rule in enumerate(rules) if rule.observed]
 
     def scale(leaf, u, read, trees, scalars):
       del leaf
-      own = iter(scalars)
+      own = iter(scalars[len(watched):])
       new_trees: list[Any] = []
       product, start = jnp.ones([], u.dtype), 0
       for rule, (values, _) in zip(rules, prepared):
@@ -74,15 +104,42 @@ def scale_by_rates(
         new_trees += new
       if bounds is not None:
         product = jnp.clip(product, *(_numerics.scalar(b, u.dtype) for b in bounds))
-      return u * product, tuple(new_trees), ()
+      return u * product, tuple(new_trees), tuple(rules[i].observe(read[0]) for i, _ in watched)
 
     visited = _visits.visit(
       scale, directions, read=(updates,), trees=[getattr(state.rules[i], n) for i, n in fields],
-      scalars=[values for rule, (values, _) in zip(rules, prepared) if rule.per_leaf],
+      scalars=[getattr(state.rules[i], n) for i, n in watched] + [
+        values for rule, (values, _) in zip(rules, prepared) if rule.per_leaf],
     )
     new_states = [new_state for _, new_state in prepared]
-    for (i, name), tree in zip(fields, visited.trees):
-      new_states[i] = new_states[i]._replace(**{name: tree})
+    new_fields = (*visited.trees, *visited.scalars[:len(watched)])
+    for (i, name), new in zip((*fields, *watched), new_fields):
+      new_states[i] = new_states[i]._replace(**{name: new})
     return visited.updates, ScaleByRatesState(inner_state, tuple(new_states))
 
-  return _stacks.Part(init, update)
+  ask_inner = inner.survey
+
+  def survey(params, state):
+    assert ask_inner is not None
+    known = ask_inner(params, state.inner_state)
+    whole = Whole(lambda: None, params, params.places)
+    prepared = [
+      # What is kept for each element is each portion's own.
+      rule.prepare(whole, own._replace(**dict.fromkeys(rule.per_element)))
+      for rule, own in zip(rules, state.rules)
+    ]
+    return lambda *group: (known(*group), _portions.rows_of(prepared, *group))
+
+  at_once = ask_inner is None or any(rule.reads_gradients for rule in rules)
+  return _parts.Part(init, update, None if at_once else survey)
+
+
+def _present(updates: Any, params: Any) -> list[int]:
+  """Places of the leaves that have both a gradient and a parameter."""
+  gone = _visits.missing(updates)
+  gradients, structure = _leaves.flat(updates)
+  rows = zip(_visits.nodes(updates), gradients, structure.flatten_up_to(params))
+  return sorted(
+    place for node, *pair in rows if not any(map(_leaves.is_absent, pair))
+    for place in node.places if place not in gone
+  )

@@ -107,8 +107,8 @@ def sign_agreement_rule(
     bumps = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int16), params)
     return SignAgreementState(jnp.zeros([], jnp.int32), bumps, lattice())
 
-  def prepare(updates, params, state):
-    del updates, params
+  def prepare(whole, state):
+    del whole
     count = optax.safe_increment(state.count)
     moving = count < jnp.asarray(warmup_steps).astype(jnp.int32)
     return moving, state._replace(count=count, lattice=lattice())

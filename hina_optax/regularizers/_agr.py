@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _visits
 
 
 class AdaptiveGradientRegularizationState(NamedTuple):
@@ -65,7 +65,7 @@ def adaptive_gradient_regularization(
     del params, extra_args
     return _visits.visit(shrink, updates).updates, state
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
 def _coefficient(g: jax.Array, form: str) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 # Of the guide and the original: how far the share of background may go before the fast mode treats
@@ -136,7 +136,7 @@ def attenuate_background(
     )
     return visited.updates, AttenuateBackgroundState(count, *visited.trees, *visited.scalars)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
 def _is_quiet(a: jax.Array, mode: str, grid: _stencils.Grid, border: str) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 # An average that became infinite would stay so.
@@ -98,23 +98,24 @@ def preserve_detail(
       if relative:
         if not grid.axes:
           return g, trees, ()
-        variance = _numerics.average(trees[0], _relative_variance(g, grid), decay)
+        field = _stencils.field(g, grid)
+        variance = _numerics.average(trees[0], _relative_variance(field), decay)
         smoothed = variance / _numerics.debias(decay, count, g.dtype)
-        return g * (share + (1 - share) / (1 + smoothed)), (variance,), ()
+        return field.values * (share + (1 - share) / (1 + smoothed)), (variance,), ()
       if len(leaf.shape) < 2:
         return g, trees, ()
-      squares = jnp.minimum(_stencils.squared_differences(g, grid), _LARGEST)
+      squares = jnp.minimum(_stencils.squared_differences(_stencils.field(g, grid)), _LARGEST)
       variance = _numerics.average(trees[0], squares, decay)
       return g / (1 + share * variance), (variance,), ()
 
     visited = _visits.visit(damp, updates, trees=(state.local_variance,))
     return visited.updates, PreserveDetailState(count, *visited.trees)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
-def _relative_variance(g: jax.Array, grid: _stencils.Grid) -> jax.Array:
-  variance = _stencils.squared_differences(g, grid)
+def _relative_variance(field: _stencils.Field) -> jax.Array:
+  variance = _stencils.squared_differences(field)
   scale = _numerics.reciprocal(_numerics.mean(variance))
   # Squares that overflow count as flat: infinity times 0 would be NaN.
   return jnp.where(scale > 0, variance * scale, 0)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -88,20 +89,24 @@ def suppress_edges(
     grid = leaf.grid(spatial_axes, g.dtype)
     if not grid.axes or not g.size:
       return g, (), scalars
-    edges = _edge_strength(g, grid, border, relative)
-    fires = edges > _numerics.scalar(threshold, g.dtype)
-    factor = 1 + _numerics.scalar(strength, g.dtype) * jnp.where(fires, edges, 0)
-    return g / factor, (), (_numerics.fraction(fires),)
+    field = _stencils.field(g, grid)
+    edges, unit = _edges(field, border, relative)
+    least = _numerics.scalar(threshold, g.dtype) * unit
+    amount = _numerics.scalar(strength, g.dtype) * _numerics.reciprocal(unit)
+    fires = edges > least
+    factor = 1 + amount * jnp.where(fires, edges, 0)
+    return field.values / factor, (), (_numerics.fraction(fires),)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
     visited = _visits.visit(damp, updates, scalars=(state.edge_share,))
     return visited.updates, SuppressEdgesState(*visited.scalars)
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
-def _edge_strength(g: jax.Array, grid: _stencils.Grid, border: str, relative: bool) -> jax.Array:
-  edges = jnp.abs(_stencils.laplacian(g, grid, border))
-  # One reciprocal of a scalar instead of a guarded division for each element.
-  return edges * _numerics.reciprocal(jnp.max(edges)) if relative else edges
+def _edges(field: _stencils.Field, border: str, relative: bool) -> tuple[jax.Array, jax.Array]:
+  """Second differences, and what an edge strength of 1 is among them."""
+  # The barrier keeps XLA from computing the stencil again in each of three readers.
+  edges = lax.optimization_barrier(jnp.abs(_stencils.laplacian(field, border)))
+  return edges, jnp.max(edges) if relative else jnp.ones([], edges.dtype)

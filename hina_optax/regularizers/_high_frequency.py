@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _stencils, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
 from hina_optax._numerics import Scalar
 
 
@@ -74,16 +74,18 @@ def suppress_high_frequency(
     grid = leaf.grid(spatial_axes, g.dtype)
     if not grid.axes:
       return g, (), ()
-    return g - _numerics.scalar(strength, g.dtype) * _high_frequency(g, grid, subtract), (), ()
+    field = _stencils.field(g, grid)
+    amount = _numerics.scalar(strength, g.dtype)
+    return field.values - amount * _high_frequency(field, subtract), (), ()
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
     return _visits.visit(smooth, updates).updates, state
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
-def _high_frequency(g: jax.Array, grid: _stencils.Grid, subtract: str) -> jax.Array:
+def _high_frequency(leaf: _stencils.Field, subtract: str) -> jax.Array:
   if subtract == "magnitude":
-    return _stencils.absolute_differences(g, grid)
-  return _stencils.laplacian(g, grid) * (-0.5 / len(grid.axes))
+    return _stencils.absolute_differences(leaf)
+  return _stencils.laplacian(leaf) * (-0.5 / len(leaf.grid.axes))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _stacks, _visits
+from hina_optax import _checks, _leaves, _numerics, _parts, _visits
 
 _TINY = 1e-30
 # Norms of gradients of which fp32 holds the squares of all elements that count.
@@ -69,7 +69,7 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
     _leaves.require_params(params, "orthogonalize_to_params")
     return _visits.visit(project, updates, read=(params,)).updates, state
 
-  return _stacks.Part(init, update)
+  return _parts.Part(init, update)
 
 
 def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Rank penalty: the (reweighted) nuclear norm of the product of each LoRA pair."""
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _checks, _leaves, _lora, _numerics, _stacks, _visits
+from hina_optax import _checks, _leaves, _lora, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
 from hina_optax.regularizers import _spectra
 
@@ -91,15 +92,10 @@ def add_rank_penalty(
   _checks.choice("measure", measure, ("nuclear", "top_eigenvalues"))
   pattern = _lora.compile_pattern(lora_pattern)
 
-  def penalties(params: Any) -> Any:
-    if measure == "top_eigenvalues":
-      return _terms(params, _each_matrix(_spectra.energy_gradient, params, set()))
-    pairs = _lora.find_pairs(params, pattern)
-    found = _pair_gradients(pairs, params, emphasis)
-    if unpaired == "nuclear":
-      taken = {place for pair in pairs for place in (pair.down, pair.up)}
-      found += _each_matrix(_spectra.polar_factor, params, taken)
-    return _terms(params, found)
+  measured = functools.partial(_measured, pattern=pattern, measure=measure)
+  others = {"nuclear": _spectra.polar_factor, "ignore": None}[unpaired]
+  if measure == "top_eigenvalues":
+    others = _spectra.energy_gradient
 
   def init(params: Any) -> AddRankPenaltyState:
     _leaves.check_floating(params, "params")
@@ -108,44 +104,70 @@ def add_rank_penalty(
     return AddRankPenaltyState()
 
   def update(updates, state, params=None, **extra_args):
-    del extra_args
     _leaves.require_params(params, "add_rank_penalty")
+    known = extra_args.get(_parts.SURVEYED)
+    if known is None:
+      factors = measured(params)
+      rows = zip(_visits.nodes(params), _visits.values(params), factors)
+      known = _kernels(factors, [_grams(*row) for row in rows], emphasis)
+    terms = _terms(params, _pair_terms(params, known) + _each_matrix(others, params, known))
 
     def add(leaf, g, read, trees, scalars):
       del leaf, trees, scalars
-      term = read[0]
+      term = None if read[0] is None else _visits.finite(read[0])
       return (g if term is None else g + _numerics.scalar(strength, g.dtype) * term), (), ()
 
-    return _visits.visit(add, updates, read=(penalties(params),)).updates, state
+    return _visits.visit(add, updates, read=(terms,)).updates, state
 
-  return _stacks.Part(init, update)
+  def survey(params, state):
+    del state
+    factors = measured(params.shapes())
+    grams = params.one_by_one(
+      lambda index, alone: _grams(_visits.nodes(alone)[0], alone.arrays[0], factors[index]))
+    known = _kernels(factors, grams, emphasis)
+    return lambda layout, index, alone: [known[index]]
+
+  return _parts.Part(init, update, survey)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("rows", "layout"))
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  """What turns the factors of one layout in some rows of a node into their gradients.
+
+  `value` is (rows, layers, rank, rank), `None` for factors without elements.
+  """
+
+  rows: tuple[int, ...]
+  layout: _lora.Layout
+  value: jax.Array | None
 
 
 class _Term(NamedTuple):
   """What is added to some rows of a node (row 0 of a node that is one leaf)."""
 
   node: int
-  rows: list[int]
+  rows: tuple[int, ...]
   value: jax.Array
 
 
 class _Factors(NamedTuple):
-  """Factors of one layout in some rows of a node, and the pairs that they belong to.
+  """Factors in some rows of a node: their layout, and the pairs of one batch that they belong to.
 
-  `matrices` are they as (rows, layers, rank, rest).
+  `batch` is what the pairs have in common: rank, layers, dtype, and whether they have elements.
   """
 
-  node: int
-  rows: list[int]
-  pairs: list[int]
+  rows: tuple[int, ...]
   layout: _lora.Layout
-  leaves: jax.Array
-  matrices: jax.Array
+  batch: Any
+  side: int
+  pairs: tuple[int, ...]
 
 
-def _rows_of(node: _visits.Visit, array: jax.Array, rows: list[int]) -> jax.Array:
+def _rows_of(node: _visits.Visit, array: jax.Array, rows: tuple[int, ...]) -> jax.Array:
   whole = array.reshape(len(node.places), *node.shape)
-  return whole if rows == list(range(len(node.places))) else whole[np.array(rows)]
+  return whole if rows == tuple(range(len(node.places))) else whole[np.array(rows)]
 
 
 def _terms(params: Any, found: list[_Term]) -> Any:
@@ -167,10 +189,16 @@ def _terms(params: Any, found: list[_Term]) -> Any:
   return structure.unflatten(joined)
 
 
-def _each_matrix(function: Callable[..., jax.Array], params: Any, taken: set[int]) -> list[_Term]:
-  found = []
+def _each_matrix(
+  function: Callable[..., jax.Array] | None, params: Any, known: list[list[_Kernels]]
+) -> list[_Term]:
+  """What a function gives of matrices that are in no pair."""
+  found: list[_Term] = []
+  if function is None:
+    return found
   for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
-    rows = [r for r, place in enumerate(node.places) if place not in taken]
+    taken = {row for kernels in known[i] for row in kernels.rows}
+    rows = tuple(r for r in range(len(node.places)) if r not in taken)
     if rows and not _leaves.is_absent(array) and len(node.shape) == 2 and array.size:
       leaves = _upcast(_rows_of(node, jnp.asarray(array), rows))
       value = jax.vmap(function)(leaves) if node.stacked else function(leaves[0])[None]
@@ -182,64 +210,93 @@ def _upcast(x: Any) -> jax.Array:
   return jnp.asarray(x).astype(_numerics.compute_dtype(x.dtype))
 
 
-def _pair_gradients(pairs: list[_lora.Pair], params: Any, emphasis: Scalar) -> list[_Term]:
-  """Gradient of the weighted nuclear norm for each factor of each pair."""
+def _pair_terms(params: Any, known: list[list[_Kernels]]) -> list[_Term]:
+  """The gradient of the weighted nuclear norm for each factor of each pair."""
+  found = []
+  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
+    for kernels in known[i]:
+      if kernels.value is not None:
+        leaves = _rows_of(node, jnp.asarray(array), kernels.rows).astype(kernels.value.dtype)
+        back = jax.vmap(functools.partial(_lora.from_matrix, layout=kernels.layout))
+        product = _spectra.product(kernels.value, _matrices(leaves, kernels.layout))
+        found.append(_Term(i, kernels.rows, back(product, like=leaves)))
+  return found
+
+
+def _matrices(leaves: jax.Array, layout: _lora.Layout) -> jax.Array:
+  """Factors as (rows, layers, rank, rest)."""
+  return jax.vmap(functools.partial(_lora.to_matrix, layout=layout))(leaves)
+
+
+def _measured(params: Any, pattern: Any, measure: str) -> list[list[_Factors]]:
+  """The factors that are penalized in pairs, for each node."""
+  pairs = _lora.find_pairs(params, pattern) if measure == "nuclear" else []
+  return _factors(pairs, params)
+
+
+def _factors(pairs: list[_lora.Pair], params: Any) -> list[list[_Factors]]:
+  """For each node its factors, those of one layout and batch together."""
   shapes = {place.index: leaf for place, leaf in _visits.members(params)}
-  groups: dict[Any, list[_lora.Pair]] = defaultdict(list)
+  sizes: dict[Any, int] = defaultdict(int)
+  wanted = {}
   for pair in pairs:
     down, up = shapes[pair.down], shapes[pair.up]
-    if down.size and up.size:
-      dtype = _numerics.compute_dtype(down.dtype, up.dtype)
-      layers = math.prod(down.shape[:pair.down_layout.batch_axes])
-      groups[pair.rank, layers, dtype].append(pair)
+    batch = (pair.rank, math.prod(down.shape[:pair.down_layout.batch_axes]),
+             _numerics.compute_dtype(down.dtype, up.dtype), bool(down.size and up.size))
+    wanted[pair.down] = (pair.down_layout, batch, 0), sizes[batch]
+    wanted[pair.up] = (pair.up_layout, batch, 1), sizes[batch]
+    sizes[batch] += 1
+  found = []
+  for node in _visits.nodes(params):
+    together: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    for row, place in enumerate(node.places):
+      if place in wanted:
+        together[wanted[place][0]].append((row, wanted[place][1]))
+    found.append([
+      _Factors(rows, layout, batch, side, of)
+      for (layout, batch, side), members in together.items() for rows, of in [zip(*members)]
+    ])
+  return found
+
+
+def _grams(node: _visits.Visit, array: Any, factors: list[_Factors]) -> list[Any]:
+  """`A A^T` or `B^T B` for each of a node's factors; `None` where they have no elements."""
   return [
-    term for (rank, layers, dtype), group in groups.items()
-    for term in _group_gradients(group, params, dtype, emphasis)
+    _gram(_rows_of(node, jnp.asarray(array), f.rows).astype(f.batch[2]), f.layout)
+    if f.batch[3] else None for f in factors
   ]
 
 
-def _group_gradients(
-  group: list[_lora.Pair], params: Any, dtype: Any, emphasis: Scalar
-) -> list[_Term]:
-  """Those of pairs of one rank, in one batch of small matrices."""
-  sides = (
-    _factors({p.down: (i, p.down_layout) for i, p in enumerate(group)}, params, dtype),
-    _factors({p.up: (i, p.up_layout) for i, p in enumerate(group)}, params, dtype),
-  )
-  grams = [_in_order([_spectra.gram(f.matrices) for f in side], side) for side in sides]
-  down, up = (x.reshape(-1, *x.shape[2:]) for x in grams)
-  kernels = _spectra.pair_kernels(down, up, emphasis)
-  found = []
-  for side, kernel in zip(sides, kernels):
-    kernel = kernel.reshape(len(group), -1, *kernel.shape[1:])
-    for f in side:
-      own = kernel if f.pairs == list(range(len(group))) else kernel[np.array(f.pairs)]
-      back = jax.vmap(functools.partial(_lora.from_matrix, layout=f.layout))
-      found.append(_Term(f.node, f.rows, back(_spectra.product(own, f.matrices), like=f.leaves)))
-  return found
+def _gram(leaves: jax.Array, layout: _lora.Layout) -> jax.Array:
+  matrices = _matrices(leaves, layout)
+  # Batches in one axis: of two XLA copies the operand.
+  together = _spectra.gram(matrices.reshape(-1, *matrices.shape[2:]))
+  return together.reshape(*matrices.shape[:2], *together.shape[1:])
 
 
-def _factors(
-  wanted: dict[int, tuple[int, _lora.Layout]], params: Any, dtype: Any
-) -> list[_Factors]:
-  """The factors at the places of `wanted`, those of one node and layout together."""
-  found = []
-  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
-    layouts: dict[_lora.Layout, list[tuple[int, int]]] = defaultdict(list)
-    for row, place in enumerate(node.places):
-      if place in wanted:
-        pair, layout = wanted[place]
-        layouts[layout].append((row, pair))
-    for layout, members in layouts.items():
-      rows, pairs = (list(column) for column in zip(*members))
-      leaves = _rows_of(node, jnp.asarray(array), rows).astype(dtype)
-      matrices = jax.vmap(functools.partial(_lora.to_matrix, layout=layout))(leaves)
-      found.append(_Factors(i, rows, pairs, layout, leaves, matrices))
-  return found
+def _kernels(
+  factors: list[list[_Factors]], grams: list[list[Any]], emphasis: Scalar
+) -> list[list[_Kernels]]:
+  """For each node what turns its factors into their gradients; pairs of one batch together."""
+  every = [(f, g) for own, found in zip(factors, grams) for f, g in zip(own, found)]
+  solved = {}
+  for batch in dict.fromkeys(f.batch for f, _ in every if f.batch[3]):
+    sides = [_in_order([(f.pairs, g) for f, g in every if f.batch == batch and f.side == side])
+             for side in (0, 1)]
+    down, up = (x.reshape(-1, *x.shape[2:]) for x in sides)
+    solved[batch] = [x.reshape(sides[0].shape) for x in _spectra.pair_kernels(down, up, emphasis)]
+  return [
+    [_Kernels(f.rows, f.layout, _chosen(solved[f.batch][f.side], f.pairs) if f.batch[3] else None)
+     for f in own] for own in factors
+  ]
 
 
-def _in_order(parts: list[jax.Array], side: list[_Factors]) -> jax.Array:
+def _chosen(values: jax.Array, pairs: tuple[int, ...]) -> jax.Array:
+  return values if pairs == tuple(range(len(values))) else values[np.array(pairs)]
+
+
+def _in_order(parts: list[tuple[tuple[int, ...], jax.Array]]) -> jax.Array:
   """The parts of one side in the order of the pairs."""
-  order = [pair for f in side for pair in f.pairs]
-  joined = jnp.concatenate(parts)
+  order = [pair for pairs, _ in parts for pair in pairs]
+  joined = jnp.concatenate([values for _, values in parts])
   return joined if order == sorted(order) else joined[np.argsort(order)]

@@ -97,20 +97,22 @@ class Importance(Modulator):
     self.importance = np.ones(len(params))
     self.initial_norm = np.full(len(params), -1.0)
     self.relation = np.zeros(len(params))
+    self.gradient_size = np.zeros(len(params))
 
   def modulate(self, u, g, params):
     self.count += 1
     if self.count % self.interval == 0:
-      self.visit(list(g.values()), list(params.values()))
+      self.visit(list(params.values()))
+    self.gradient_size = np.array([np.sqrt(leaves.mean(x * x)) for x in g.values()])
     related = self.importance * (1 + 0.2 * self.relation)
     factors = np.clip(1 + self.strength * (related / np.mean(related) - 1), 0.1, 3)
     factors = factors / np.mean(factors)
     return {path: f * x for f, (path, x) in zip(factors, u.items())}
 
-  def visit(self, gradients, params):
+  def visit(self, params):
     if self.initial_norm[0] < 0:
       self.initial_norm = np.array([leaves.norm(p) for p in params])
-    size = [np.sqrt(leaves.mean(x * x)) for x in gradients]
+    size = self.gradient_size
     change = [
       abs(leaves.norm(p) - start) / start if start > 0 else 0.0
       for p, start in zip(params, self.initial_norm)
@@ -137,6 +139,7 @@ class Importance(Modulator):
       "rules.0.importance": self.importance,
       "rules.0.initial_norm": self.initial_norm,
       "rules.0.relation": self.relation,
+      "rules.0.gradient_size": self.gradient_size,
     }
 
 

@@ -1,0 +1,63 @@
+"""What the parts of this library are: transformations of stacked leaves as of any tree."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from hina_optax import _shardings
+
+# The extra argument in which `update` is given what `survey` found.
+SURVEYED = "_surveyed"
+# `survey(params, state)`, of a `_portions.Later` and the whole state: a function that gives, of a
+# layout, the index of a group in it and that group's own layout, what `update` needs to know beside
+# the leaves of the group. It takes no gradients.
+Survey = Callable[[Any, Any], Callable[..., Any]]
+
+
+def looks_at_no_other_leaf(params: Any, state: Any) -> Callable[..., Any]:
+  """The survey of a part that treats each leaf by itself."""
+  del params, state
+  return lambda *group: None
+
+
+class Part(optax.GradientTransformationExtraArgs):
+  """A transformation that takes `Stacks` as it takes any tree of parameters, and any sharding.
+
+  `survey` is for updating one group after the other; `None` where that cannot be.
+  """
+
+  survey: Survey | None
+
+  def __new__(cls, init: Callable[..., Any], update: Callable[..., Any],
+              survey: Survey | None = looks_at_no_other_leaf) -> "Part":
+    made = super().__new__(cls, init, _shardings.automatic(update))
+    made.survey = survey
+    return made
+
+
+def inner_survey(inner: Part) -> Survey | None:
+  """The survey of a wrapper that keeps its inner's state in `inner_state`."""
+  survey = inner.survey
+  return None if survey is None else lambda params, state: survey(params, state.inner_state)
+
+
+def chain(*parts: optax.GradientTransformationExtraArgs) -> Part:
+  """`optax.chain` of parts, and of others that treat each element by itself."""
+  parts = tuple(map(optax.with_extra_args_support, parts))
+  surveys = [getattr(part, "survey", looks_at_no_other_leaf) for part in parts]
+
+  def update(updates, state, params=None, **extra_args):
+    known = extra_args.pop(SURVEYED, None) or [None] * len(parts)
+    new_states = []
+    for part, own, seen in zip(parts, state, known):
+      more = extra_args | ({SURVEYED: seen} if isinstance(part, Part) else {})
+      updates, new = part.update(updates, own, params, **more)
+      new_states.append(new)
+    return updates, tuple(new_states)
+
+  def survey(params, state):
+    found = [one(params, own) for one, own in zip(surveys, state)]
+    return lambda *group: tuple(known(*group) for known in found)
+
+  return Part(optax.chain(*parts).init, update, None if None in surveys else survey)

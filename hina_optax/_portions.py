@@ -1,0 +1,144 @@
+"""A stacked update one group of leaves after the other.
+
+On a CPU a step over all stacks at once writes arrays as large as all parameters, several at a time,
+into memory that the system hands out afresh and page by page: it costs as much as the arithmetic.
+Group by group one takes the memory of the one before. On other devices memory is kept.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hina_optax import _leaves, _numerics, _parts, _shardings, _stacks
+from hina_optax._parts import Part
+from hina_optax._stacks import Group, Layout, Stacks
+
+# Vectors with one entry a leaf are told by their length, which nothing else in a state has.
+_FEW = 8
+# Below as many elements in all a step is too short to gain by it.
+LEAST = 1 << 21
+
+
+class Later(NamedTuple):
+  """All parameters, stacked where they are called for.
+
+  Attributes:
+    layout: how.
+    leaves: in the order of the user's tree.
+  """
+
+  layout: Layout
+  leaves: Sequence[Any]
+
+  def __call__(self) -> Stacks:
+    """The stacks."""
+    return _stacks.stack(self.layout, self.leaves)
+
+  def shapes(self) -> Stacks:
+    """The groups without their numbers."""
+    return jax.eval_shape(lambda: _stacks.stack(self.layout, self.leaves))
+
+  def one_by_one(self, function: Callable[[int, Stacks], Any]) -> list[Any]:
+    """What a function gives of each group, by index and alone, one after the other."""
+    found: list[Any] = []
+    for index, group in enumerate(self.layout.groups):
+      alone, last = _alone(group), jax.tree.leaves(found[-1:])
+      stack = _taken(alone, group, self.leaves, last[0] if last else None)
+      found.append(function(index, stack))
+    return found
+
+  def places(self) -> list[int]:
+    """Of all leaves."""
+    return sorted(place for group in self.layout.groups for place in group.places)
+
+
+def pays(part: Part, layout: Layout, leaves: Sequence[Any]) -> bool:
+  """Whether a step on these leaves should be taken group by group, and can."""
+  present = [x for x in leaves if not _leaves.is_absent(x)]
+  return (
+    part.survey is not None and jax.default_backend() == "cpu"
+    and len(layout.groups) > 1 and layout.count > _FEW and not layout.missing
+    and sum(int(np.size(x)) for x in present) >= LEAST
+    and all(isinstance(x, jax.core.Tracer) for x in present)
+    and not _shardings.is_hidden(present) and not any(map(_shardings.is_sharded, present))
+  )
+
+
+def update(
+  part: Part, layout: Layout, leaves: Sequence[Any], state: Any, params: Sequence[Any] | None,
+  extra_args: dict[str, Any],
+) -> tuple[list[Any], Any]:
+  """`part.update` of leaves that stand as in the user's tree, for a stacked state."""
+  assert part.survey is not None
+  known = part.survey(Later(layout, leaves if params is None else params), state)
+  results, states = list(leaves), []
+  last: Any = None
+  for index, group in enumerate(layout.groups):
+    alone = _alone(group)
+    gradients, own = (_taken(alone, group, x, last) for x in (leaves, params))
+    new, after = part.update(
+      gradients, rows_of(state, layout, index, alone), own, **extra_args,
+      **{_parts.SURVEYED: known(layout, index, alone)})
+    states.append(after)
+    last = new.arrays[0]
+    likes = [leaves[i] for i in group.places]
+    for place, x in zip(group.places, _stacks.unstack(new, likes)):
+      results[place] = x
+  return results, _joined(state, layout, states)
+
+
+def _alone(group: Group) -> Layout:
+  """A group as a tree of its own."""
+  own = dataclasses.replace(group, places=tuple(range(len(group.places))))
+  return Layout((own,), len(group.places))
+
+
+def _taken(alone: Layout, group: Group, leaves: Sequence[Any] | None, last: Any) -> Any:
+  """The stack of a group, made after `last`."""
+  if leaves is None:
+    return None
+  rows = [leaves[i] for i in group.places]
+  if last is not None and last.size:
+    rows[0] = _numerics.after(last, rows[0])
+  return _stacks.stack(alone, rows)
+
+
+def rows_of(tree: Any, layout: Layout, index: int, alone: Layout) -> Any:
+  """What belongs to a group: its array, its entries of per-leaf vectors, and what is shared."""
+  places = np.array(layout.groups[index].places)
+
+  def one(x: Any) -> Any:
+    if _is_stacks(x):
+      return Stacks(alone, [x.arrays[index]])
+    return x[places] if _is_per_leaf(x, layout) else x
+
+  return jax.tree.map(one, tree, is_leaf=_is_stacks)
+
+
+def _joined(old: Any, layout: Layout, states: list[Any]) -> Any:
+  """The states of all groups as one; what is shared, as the first left it."""
+  places = [place for group in layout.groups for place in group.places]
+  kept = sorted(set(range(layout.count)) - set(places))
+  order = np.argsort(places + kept)
+
+  def one(before: Any, *found: Any) -> Any:
+    if _is_stacks(before):
+      return Stacks(layout, [x.arrays[0] for x in found])
+    if not _is_per_leaf(before, layout):
+      return found[0]
+    parts = [x.astype(before.dtype) for x in found]
+    return jnp.concatenate([*parts, before[np.array(kept, int)]])[order]
+
+  return jax.tree.map(one, old, *states, is_leaf=_is_stacks)
+
+
+def _is_stacks(x: Any) -> bool:
+  return isinstance(x, Stacks)
+
+
+def _is_per_leaf(x: Any, layout: Layout) -> bool:
+  return jnp.ndim(x) == 1 and x.shape[0] == layout.count
