@@ -56,7 +56,8 @@ def aware(inner: optax.GradientTransformation) -> Part:
       states.append(new)
     return Stacks(updates.layout, results), _merged(frames, states, updates.layout)
 
-  return Part(init, update)
+  # A vector in a foreign state may have as many entries as there are leaves by chance.
+  return Part(init, update, None)
 
 
 class _Frame(NamedTuple):

@@ -13,7 +13,7 @@ from cases import CASES, EVERYTHING, RARE
 from storages import INNERS
 
 import hina_optax as ho
-from hina_optax import memory
+from hina_optax import _portions, memory
 
 
 def layers(count=3, dtype=jnp.float32):
@@ -51,7 +51,9 @@ COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-everything")
 @pytest.mark.parametrize("case", [
   pytest.param(c, marks=[pytest.mark.slow] if c.name in COVERED else []) for c in CASES
 ], ids=str)
-def test_batched_is_unbatched(case):
+def test_batched_is_unbatched(case, monkeypatch):
+  # Stack by stack, but at the step at which a gradient is missing.
+  monkeypatch.setattr(_portions, "LEAST", 0)
   params = layers()
   plain, batched = both(case)
   expected = trees.run(plain, params, steps(params), apply=False)[1]
@@ -66,6 +68,39 @@ def test_foreign_transformations(name):
   expected = trees.run_optax(INNERS[name](), params, gradients)[0]
   actual = trees.run_optax(memory.with_leaf_batching(INNERS[name]()), params, gradients)[0]
   trees.assert_close(actual, expected, 1e-5, 1e-6)
+
+
+def test_stack_by_stack_is_all_at_once(monkeypatch):
+  """Updates and state, with parameters in two dtypes and a gradient that is not finite."""
+  params = layers(4) | {f"half{i}": jnp.full((6, 2), 0.1 * i, jnp.bfloat16) for i in range(3)}
+  gradients = trees.sequence(params, 5)
+  gradients[2]["l1"]["lora_a"] = gradients[2]["l1"]["lora_a"].at[0, 0].set(jnp.inf)
+  runs = []
+  for least in (0, 1 << 21):
+    monkeypatch.setattr(_portions, "LEAST", least)
+    tx = ho.hina_adaptive(1e-2, **EVERYTHING, leaf_batching=True)
+    runs.append(trees.run(tx, params, gradients, apply=False)[1:])
+  for x, y in zip(*map(jax.tree.leaves, runs)):
+    np.testing.assert_allclose(np.float64(x), np.float64(y), 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+  (dict(), True), (dict(count=4), False), (dict(size=2), False), (dict(compat=True), False),
+  (dict(platform="gpu"), False), (dict(missing=True), False),
+])
+def test_where_steps_go_stack_by_stack(change, expected, monkeypatch):
+  asked = dict(count=40, size=256, compat=False, platform="cpu", missing=False) | change
+  monkeypatch.setattr(jax, "default_backend", lambda: asked["platform"])
+  found = []
+  monkeypatch.setattr(_portions, "update", lambda part, layout, leaves, state, *rest: (
+    found.append(True) or (leaves, state)))
+  tx = ho.hina_adaptive(1e-2, sd_scripts_compat=asked["compat"])
+  shapes = {"a": (asked["size"],) * 2, "b": (asked["size"], 2 * asked["size"])}
+  params = {f"{kind}{i}": jax.ShapeDtypeStruct(shape, jnp.float32)
+            for i in range(asked["count"] // 2) for kind, shape in shapes.items()}
+  gradients = {**params, "a0": None} if asked["missing"] else params
+  jax.eval_shape(tx.update, gradients, jax.eval_shape(tx.init, params), params)
+  assert bool(found) == expected
 
 
 def test_a_chain_of_our_parts_keeps_its_numbers_of_leaves():
