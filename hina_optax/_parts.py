@@ -9,7 +9,7 @@ from hina_optax import _shardings
 
 # The extra argument in which `update` is given what `survey` found.
 SURVEYED = "_surveyed"
-# `survey(params, state)`, of a `_portions.Later` and the whole state: a function that gives, of a
+# `survey(params, state)`, of a `_in_turn.Later` and the whole state: a function that gives, of a
 # layout, the index of a group in it and that group's own layout, what `update` needs to know beside
 # the leaves of the group. It takes no gradients.
 Survey = Callable[[Any, Any], Callable[..., Any]]

@@ -28,7 +28,7 @@ LAYERS = [
   {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
   {"_leaves"},
   {"_stacks", "_parts"},
-  {"_layouts", "_abstract", "_portions"},
+  {"_layouts", "_abstract", "_in_turn"},
   {"_visits", "_rows"},
   {"_lora"},
   {"regularizers", "core", "modulators", "memory"},

@@ -124,6 +124,7 @@ def test_importance_moves_learning_rate_and_keeps_its_mean():
   state = tx.init(params)
   g = {**trees.sequence(params, 1)[0]}
   g["square"] = g["square"] * 10
+  _, state = tx.update(g, state, params)
   updates, state = tx.update(g, state, params)
   factors = [
     float(u.ravel()[0] / x.ravel()[0])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _leaves, _numerics, _parts, _portions, _rows, _visits
+from hina_optax import _in_turn, _leaves, _numerics, _parts, _rows, _visits
 
 
 class Whole(NamedTuple):
@@ -88,7 +88,6 @@ def scale_by_rates(
     whole = Whole(lambda: updates, lambda: params, lambda: _present(updates, params))
     prepared = prepared or [rule.prepare(whole, own) for rule, own in zip(rules, state.rules)]
     fields = [(i, name) for i, rule in enumerate(rules) for name in rule.per_element]
-
     watched = [(i, rule.observed) for i, rule in enumerate(rules) if rule.observed]
 
     def scale(leaf, u, read, trees, scalars):
@@ -124,11 +123,11 @@ def scale_by_rates(
     known = ask_inner(params, state.inner_state)
     whole = Whole(lambda: None, params, params.places)
     prepared = [
-      # What is kept for each element is each portion's own.
+      # What is kept for each element each stack brings itself.
       rule.prepare(whole, own._replace(**dict.fromkeys(rule.per_element)))
       for rule, own in zip(rules, state.rules)
     ]
-    return lambda *group: (known(*group), _portions.rows_of(prepared, *group))
+    return lambda *group: (known(*group), _in_turn.rows_of(prepared, *group))
 
   at_once = ask_inner is None or any(rule.reads_gradients for rule in rules)
   return _parts.Part(init, update, None if at_once else survey)

@@ -13,7 +13,7 @@ from cases import CASES, EVERYTHING, RARE
 from storages import INNERS
 
 import hina_optax as ho
-from hina_optax import _portions, memory
+from hina_optax import _in_turn, memory
 
 
 def layers(count=3, dtype=jnp.float32):
@@ -53,7 +53,7 @@ COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-everything")
 ], ids=str)
 def test_batched_is_unbatched(case, monkeypatch):
   # Stack by stack, but at the step at which a gradient is missing.
-  monkeypatch.setattr(_portions, "LEAST", 0)
+  monkeypatch.setattr(_in_turn, "LEAST", 0)
   params = layers()
   plain, batched = both(case)
   expected = trees.run(plain, params, steps(params), apply=False)[1]
@@ -77,7 +77,7 @@ def test_stack_by_stack_is_all_at_once(monkeypatch):
   gradients[2]["l1"]["lora_a"] = gradients[2]["l1"]["lora_a"].at[0, 0].set(jnp.inf)
   runs = []
   for least in (0, 1 << 21):
-    monkeypatch.setattr(_portions, "LEAST", least)
+    monkeypatch.setattr(_in_turn, "LEAST", least)
     tx = ho.hina_adaptive(1e-2, **EVERYTHING, leaf_batching=True)
     runs.append(trees.run(tx, params, gradients, apply=False)[1:])
   for x, y in zip(*map(jax.tree.leaves, runs)):
@@ -92,7 +92,7 @@ def test_where_steps_go_stack_by_stack(change, expected, monkeypatch):
   asked = dict(count=40, size=256, compat=False, platform="cpu", missing=False) | change
   monkeypatch.setattr(jax, "default_backend", lambda: asked["platform"])
   found = []
-  monkeypatch.setattr(_portions, "update", lambda part, layout, leaves, state, *rest: (
+  monkeypatch.setattr(_in_turn, "update", lambda part, layout, leaves, state, *rest: (
     found.append(True) or (leaves, state)))
   tx = ho.hina_adaptive(1e-2, sd_scripts_compat=asked["compat"])
   shapes = {"a": (asked["size"],) * 2, "b": (asked["size"], 2 * asked["size"])}

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES
+from cases import CASES, EVERYTHING
 from storages import raises
 from test_properties import as_optimizer
 
@@ -47,6 +47,21 @@ def test_state_stays_finite(case):
     for g in good:
       updates, state = update(g, state, params)
       assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state)))
+
+
+def test_the_whole_chain_takes_0_for_what_is_no_number():
+  """It passes as it is, in the dtype of its parameter; all else is as with 0 in its place."""
+  tx = ho.hina_adaptive(1e-2, **EVERYTHING)
+  params = trees.mixed((jnp.float32, jnp.bfloat16))
+  good = trees.sequence(params, 2)
+  update = jax.jit(tx.update)
+  _, start = update(good[0], tx.init(params), params)
+  expected, expected_state = update(spoiled(good[1], 0.0, True), start, params)
+  for value in BAD:
+    updates, state = update(spoiled(good[1], value, True), start, params)
+    trees.assert_equal(state, expected_state)
+    trees.assert_equal(updates, spoiled(expected, value, True))
+    assert trees.dtypes(updates) == trees.dtypes(params)
 
 
 @some_cases

@@ -1,8 +1,9 @@
-"""A stacked update one group of leaves after the other.
+"""A stacked update one stack after the other.
 
 On a CPU a step over all stacks at once writes arrays as large as all parameters, several at a time,
 into memory that the system hands out afresh and page by page: it costs as much as the arithmetic.
-Group by group one takes the memory of the one before. On other devices memory is kept.
+Taken in turn, one stack has the memory of the one before. Other devices keep their memory from step
+to step.
 """
 
 import dataclasses
@@ -39,11 +40,11 @@ class Later(NamedTuple):
     return _stacks.stack(self.layout, self.leaves)
 
   def shapes(self) -> Stacks:
-    """The groups without their numbers."""
+    """The stacks without their numbers."""
     return jax.eval_shape(lambda: _stacks.stack(self.layout, self.leaves))
 
   def one_by_one(self, function: Callable[[int, Stacks], Any]) -> list[Any]:
-    """What a function gives of each group, by index and alone, one after the other."""
+    """What a function gives of each stack, by index and alone, one after the other."""
     found: list[Any] = []
     for index, group in enumerate(self.layout.groups):
       alone, last = _alone(group), jax.tree.leaves(found[-1:])
@@ -57,7 +58,7 @@ class Later(NamedTuple):
 
 
 def pays(part: Part, layout: Layout, leaves: Sequence[Any]) -> bool:
-  """Whether a step on these leaves should be taken group by group, and can."""
+  """Whether a step on these leaves should be taken stack by stack, and can."""
   present = [x for x in leaves if not _leaves.is_absent(x)]
   return (
     part.survey is not None and jax.default_backend() == "cpu"
