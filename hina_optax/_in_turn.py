@@ -7,6 +7,7 @@ to step.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,11 @@ class Later(NamedTuple):
 
   def shapes(self) -> Stacks:
     """The stacks without their numbers."""
-    return jax.eval_shape(lambda: _stacks.stack(self.layout, self.leaves))
+    return Stacks(self.layout, [
+      jax.ShapeDtypeStruct(
+        (len(group.places), math.prod(group.shape)) if group.stacked else group.shape,
+        _numerics.compute_dtype(*(self.leaves[i].dtype for i in group.places)))
+      for group in self.layout.groups])
 
   def one_by_one(self, function: Callable[[int, Stacks], Any]) -> list[Any]:
     """What a function gives of each stack, by index and alone, one after the other."""
