@@ -191,7 +191,8 @@ def importance_rule(
 
 
 def _root_mean_square(g: jax.Array) -> jax.Array:
-  return _numerics.norm(g) / max(g.size, 1) ** 0.5
+  # State stays finite where squares overflow.
+  return _numerics.squarable(_numerics.norm(g) / max(g.size, 1) ** 0.5)
 
 
 def _sizes(places: list[int], gradients: Any) -> jax.Array:

@@ -56,3 +56,13 @@ def test_a_clip_to_norm_one_holds_at_any_size(size):
   for update in (tx.update, jax.jit(tx.update)):
     updates, _ = update(g, tx.init(g))
     np.testing.assert_allclose(updates, g * min(1.0, 0.2 / size), 1e-6)
+
+
+def test_the_size_of_a_huge_gradient_is_a_number():
+  tx = ho.scale_by_importance(optax.identity(), interval=1)
+  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+  g = {"a": jnp.full(3, 1e25), "b": jnp.ones(3)}
+  _, state = tx.update(g, tx.init(params), params)
+  assert np.isfinite(state.rules[0].gradient_size).all()
+  updates, state = tx.update(g, state, params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
