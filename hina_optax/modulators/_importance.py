@@ -191,8 +191,8 @@ def importance_rule(
 
 
 def _root_mean_square(g: jax.Array) -> jax.Array:
-  # State stays finite where squares overflow.
-  return _numerics.squarable(_numerics.norm(g) / max(g.size, 1) ** 0.5)
+  # Right where squares underflow, and a number where they overflow.
+  return _numerics.squarable(_numerics.wide_norm(g) / max(g.size, 1) ** 0.5)
 
 
 def _sizes(places: list[int], gradients: Any) -> jax.Array:
