@@ -1,6 +1,7 @@
 """Leaves of equal shape stacked into one array, so that a part is compiled once for all of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
@@ -9,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from hina_optax import _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
 
-# XLA's passes are quadratic in the operands of one concatenation and in the readers of one array.
+# XLA's passes are quadratic in the operands of one concatenation.
 _CHUNK = 512
-# Below as many rows a program for each is cheaper than looking up where it begins.
+# Up to as many rows are taken out of a stack without a function of the compiled program for it.
 _FEW = 8
 
 
@@ -226,41 +228,36 @@ def _split(array: jax.Array) -> list[jax.Array]:
   """The rows of an array, each as an array of its own."""
   count, length = array.shape
   flat = array.reshape(count * length)
-  rows = []
-  for begin in range(0, count, _CHUNK):
-    end = min(begin + _CHUNK, count)
-    chunk = lax.slice_in_dim(flat, begin * length, end * length) if count > _CHUNK else flat
-    rows += _split_chunk(chunk, end - begin, length)
-  return rows
+
+  def at_once(flat: jax.Array) -> list[jax.Array]:
+    return list(lax.split(flat, [length] * count))
+
+  if count <= _FEW or length == 0:
+    return at_once(flat)
+  return lax.platform_dependent(
+    flat, cpu=functools.partial(_split_in_calls, count=count, length=length), default=at_once)
 
 
-def _split_chunk(chunk: jax.Array, count: int, length: int) -> list[jax.Array]:
-  def at_once(chunk: jax.Array) -> list[jax.Array]:
-    return list(lax.split(chunk, [length] * count))
+def _split_in_calls(flat: jax.Array, count: int, length: int) -> list[jax.Array]:
+  """Rows of a flat stack, taken out by functions that XLA's CPU backend does not inline.
 
-  def looked_up(chunk: jax.Array) -> list[jax.Array]:
-    # XLA's CPU backend generates code for each slice, but once for slices that differ only in
-    # where they begin, if that is a value it does not know.
-    return [
-      lax.dynamic_slice_in_dim(chunk, start, length, allow_negative_indices=False)
-      for start in _unknown_multiples(chunk, count, length)
-    ]
-
-  if count <= _FEW or length == 0 or chunk.dtype.itemsize != 4:
-    return at_once(chunk)
-  return lax.platform_dependent(chunk, cpu=looked_up, default=at_once)
+  Many of its passes are quadratic in the instructions of one function, and it generates code for
+  each slice, which equal functions share: as many of them as there are rows in each.
+  """
+  # Of a known beginning XLA would make each call a function of its own.
+  zero = jnp.minimum(lax.population_count(flat[0].astype(jnp.int32)), 0)
+  most = max(_FEW, math.isqrt(count))
+  with set_xla_metadata(inlineable="false"):
+    return [row for begin in range(0, count, most)
+            for row in _rows_from(flat, zero + begin * length, min(most, count - begin), length)]
 
 
-def _unknown_multiples(source: jax.Array, count: int, length: int) -> Sequence[jax.Array]:
-  """0, `length`, 2 `length` ... as numbers that the compiler cannot work out."""
-  word = lax.bitcast_convert_type(source[(0,) * source.ndim], jnp.int32)
-  zero = jnp.minimum(lax.population_count(word), 0)
-  start = zero, tuple(jnp.int32(i * length) for i in range(count))
-  _, found = lax.while_loop(
-    lambda carry: carry[0] < 1,
-    lambda carry: (carry[0] + 1, tuple(jnp.maximum(x, carry[0]) for x in carry[1])), start,
-  )
-  return found
+@functools.partial(jax.jit, static_argnames=("count", "length"))
+def _rows_from(flat: jax.Array, begin: jax.Array, count: int, length: int) -> list[jax.Array]:
+  return [
+    lax.dynamic_slice_in_dim(flat, begin + i * length, length, allow_negative_indices=False)
+    for i in range(count)
+  ]
 
 
 def as_dicts(state: Any) -> Any:
