@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from hina_optax import _leaves, _numerics, _parts, _shardings, _stacks
 from hina_optax._parts import Part
@@ -56,6 +57,31 @@ class Later(NamedTuple):
       stack = _taken(alone, group, self.leaves, last[0] if last else None)
       found.append(function(index, stack))
     return found
+
+  def look(self, when: jax.Array, function: Callable[..., Any]) -> Callable[[], Any]:
+    """What `function(stacks, places)` finds of all stacks; each looked at only where `when`.
+
+    It gives arrays with one row for each of the first so many leaves, or `None`.
+    """
+    found = []
+    for group in self.layout.groups:
+      alone, rows = _alone(group), [self.leaves[i] for i in group.places]
+
+      def of(rows, alone=alone):
+        return function(_stacks.stack(alone, rows), list(alone.groups[0].places))
+
+      nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, rows))
+      found.append(lax.cond(when, of, lambda rows, nothing=nothing: nothing, rows))
+
+    def joined(*parts: Any) -> Any:
+      rows = [(group.places[:len(x)], x) for group, x in zip(self.layout.groups, parts)
+              if x is not None]
+      if not rows:
+        return None
+      return _numerics.in_order([i for places, _ in rows for i in places], [x for _, x in rows])
+
+    whole = jax.tree.map(joined, *found, is_leaf=_leaves.is_absent)
+    return lambda: whole
 
   def places(self) -> list[int]:
     """Of all leaves."""
@@ -129,7 +155,6 @@ def _joined(old: Any, layout: Layout, states: list[Any]) -> Any:
   """The states of all groups as one; what is shared, as the first left it."""
   places = [place for group in layout.groups for place in group.places]
   kept = sorted(set(range(layout.count)) - set(places))
-  order = np.argsort(places + kept)
 
   def one(before: Any, *found: Any) -> Any:
     if _is_stacks(before):
@@ -137,7 +162,7 @@ def _joined(old: Any, layout: Layout, states: list[Any]) -> Any:
     if not _is_per_leaf(before, layout):
       return found[0]
     parts = [x.astype(before.dtype) for x in found]
-    return jnp.concatenate([*parts, before[np.array(kept, int)]])[order]
+    return _numerics.in_order(places + kept, [*parts, before[np.array(kept, int)]])
 
   return jax.tree.map(one, old, *states, is_leaf=_is_stacks)
 

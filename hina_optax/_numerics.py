@@ -6,10 +6,12 @@ accident.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -136,6 +138,13 @@ def debias(decay: Any, count: Array, dtype: Any = jnp.float32, precise: bool = F
   if precise and isinstance(decay, float) and decay > 0:
     return -jnp.expm1(steps * math.log(decay))
   return 1 - scalar(decay, dtype) ** steps
+
+
+def in_order(numbers: Sequence[int], parts: Sequence[Array]) -> Array:
+  """The rows of all `parts`, of which `numbers` has one each, sorted by their numbers."""
+  joined = jnp.concatenate(parts)
+  order = list(numbers)
+  return joined if order == sorted(order) else joined[np.argsort(order)]
 
 
 def after(first: Array, x: Array) -> Array:

@@ -215,10 +215,7 @@ def _vector(found: list[tuple[Visit, Any]], old: jax.Array, gone: frozenset[int]
   kept = sorted(set(range(old.size)) - set(order))
   if kept:
     parts.append(old[np.array(kept)])
-  joined = jnp.concatenate(parts)
-  order += kept
-  if order != sorted(order):
-    joined = joined[np.argsort(order)]
+  joined = _numerics.in_order(order + kept, parts)
   if not gone:
     return joined
   return jnp.where(np.isin(np.arange(old.size), list(gone)), old, joined)
@@ -265,5 +262,4 @@ def vector_of(
       result = result if node.stacked else result[None]
       parts.append(result if len(rows) == len(node.places) else result[np.array(rows)])
       order += [chosen[node.places[r]] for r in rows]
-  joined = jnp.concatenate(parts)
-  return joined if order == sorted(order) else joined[np.argsort(order)]
+  return _numerics.in_order(order, parts)

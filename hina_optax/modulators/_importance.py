@@ -1,5 +1,7 @@
 """Importance: move learning rate between leaves by how much each has to learn."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -149,36 +151,34 @@ def importance_rule(
 
   def prepare(whole, state):
     count, places = optax.safe_increment(state.count), whole.places()
-    # Trees are called for inside of the visit: elsewhere they would be made at every step.
-    new = lax.cond(
-      count % jnp.asarray(interval).astype(jnp.int32) == 0,
-      lambda state: visit(places, whole.gradients(), whole.params(), state), lambda state: state,
-      state,
-    )
+    due = count % jnp.asarray(interval).astype(jnp.int32) == 0
+    measures = whole.look(due, functools.partial(_measure, intrinsic=intrinsic_importance))
+    new = lax.cond(due, lambda state: visit(whole, measures, state), lambda state: state, state)
     # The original searches for relations after it has begun the step.
     relation = new.relation if relative else state.relation
     factors = _factors(new.importance, relation, strength, places, relative)
     return factors, new._replace(count=count)
 
-  def visit(places: list[int], gradients: Any, parameters: Any, state: ImportanceState):
-    index = np.array(places, np.int32)
-    if not index.size:
+  def visit(whole, look: Callable[[], _Measures], state: ImportanceState):
+    places = whole.places()
+    if not places:
       return state
-    seen = state.gradient_size
-    size = _sizes(places, gradients) if seen is None else seen[index]
-    change, norms = _change(places, parameters, state.initial_norm[index])
-    terms = size, change, _intrinsic(places, parameters, intrinsic_importance)
-    contribution = sum(w * (_relative(x) if relative else x) for w, x in zip(_WEIGHTS, terms))
+    index, measures, seen = np.array(places, np.int32), look(), state.gradient_size
+    size = _sizes(places, whole.gradients()) if seen is None else seen[index]
+    change = _change(measures.norm, state.initial_norm[index])
+    contribution = sum(w * (_relative(x) if relative else x)
+                       for w, x in zip(_WEIGHTS, (size, change, measures.intrinsic)))
     contribution = jnp.maximum(contribution, _LEAST_CONTRIBUTION)
     importance = _numerics.average(state.importance[index], contribution, decay)
     if not relative:
       importance = jnp.clip(jnp.round(importance * _QUANTA), 0, 65535) / _QUANTA
-    first = jnp.where(state.initial_norm[index] < 0, norms, state.initial_norm[index])
-    relation = _relate(places, parameters, state.relation, compatibility_threshold, relative)
+    first = jnp.where(state.initial_norm[index] < 0, measures.norm, state.initial_norm[index])
+    shapes = _relations.candidates(whole.shapes(), places)
     return state._replace(
       importance=state.importance.at[index].set(importance),
       initial_norm=state.initial_norm.at[index].set(first),
-      relation=relation,
+      relation=_relate(shapes, measures.sample, state.relation, compatibility_threshold,
+                       None if relative else len(places)),
     )
 
   def factor(u, g, trees, value):
@@ -195,28 +195,43 @@ def _root_mean_square(g: jax.Array) -> jax.Array:
   return _numerics.squarable(_numerics.wide_norm(g) / max(g.size, 1) ** 0.5)
 
 
+class _Measures(NamedTuple):
+  """What a visit looks up of the parameters.
+
+  Attributes:
+    norm: of each leaf.
+    intrinsic: of each leaf: variance times the share that is not next to 0.
+    sample: the first elements of each matrix; `None` where there is none.
+  """
+
+  norm: jax.Array
+  intrinsic: jax.Array
+  sample: jax.Array | None
+
+
+def _measure(parameters: Any, places: list[int], intrinsic: str) -> _Measures:
+  def of_each(function: Callable[..., jax.Array], places: Any = places) -> jax.Array:
+    return _visits.vector_of(lambda p: function(_clean(p)), _order(places), (parameters,))
+
+  matrices = list(_relations.candidates(parameters, places))
+  return _Measures(
+    of_each(_numerics.norm),
+    jnp.full(len(places), _INTRINSIC) if intrinsic == "estimated" else of_each(_intrinsic),
+    of_each(_relations.first_elements, matrices) if matrices else None)
+
+
+def _intrinsic(p: jax.Array) -> jax.Array:
+  return _numerics.variance(p) * (1 - _numerics.fraction(jnp.abs(p) < _SPARSE))
+
+
 def _sizes(places: list[int], gradients: Any) -> jax.Array:
   return _visits.vector_of(lambda g: _numerics.norm(_clean(g)), _order(places), (gradients,))
 
 
-def _change(
-  places: list[int], parameters: Any, initial_norm: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """How far each leaf's norm is from the first, relative to it; and the norms."""
-  norms = _visits.vector_of(lambda p: _numerics.norm(_clean(p)), _order(places), (parameters,))
-  moved = _numerics.safe_divide(jnp.abs(norms - initial_norm), initial_norm)
-  return jnp.where(initial_norm < 0, 0, moved), norms
-
-
-def _intrinsic(places: list[int], parameters: Any, how: str) -> jax.Array:
-  if how == "estimated":
-    return jnp.full(len(places), _INTRINSIC)
-
-  def one(p: jax.Array) -> jax.Array:
-    p = _clean(p)
-    return _numerics.variance(p) * (1 - _numerics.fraction(jnp.abs(p) < _SPARSE))
-
-  return _visits.vector_of(one, _order(places), (parameters,))
+def _change(norm: jax.Array, initial_norm: jax.Array) -> jax.Array:
+  """How far each leaf's norm is from the first, relative to it."""
+  moved = _numerics.safe_divide(jnp.abs(norm - initial_norm), initial_norm)
+  return jnp.where(initial_norm < 0, 0, moved)
 
 
 def _order(places: list[int]) -> dict[int, int]:
@@ -236,18 +251,20 @@ def _relative(x: jax.Array) -> jax.Array:
 
 
 def _relate(
-  places: list[int], parameters: Any, relation: jax.Array, threshold: Scalar, relative: bool
+  shapes: dict[int, tuple[int, ...]], sample: jax.Array | None, relation: jax.Array,
+  threshold: Scalar, total: int | None,
 ) -> jax.Array:
-  found = _relations.candidates(parameters, places)
-  if len(found) < 2:
+  """The new relations of the matrices of these places and shapes.
+
+  `total`: how many leaves the original counts; `None`: each takes its strongest relation instead.
+  """
+  if sample is None or len(shapes) < 2:
     return relation
-  order = {place: i for i, place in enumerate(found)}
-  sample = _visits.vector_of(lambda p: _relations.first_elements(_clean(p)), order, (parameters,))
-  compat = _relations.compatibility(list(found.values()), sample)
-  index = np.array(list(found))
-  if relative:
+  compat = _relations.compatibility(list(shapes.values()), sample[:len(shapes)])
+  index = np.array(list(shapes))
+  if total is None:
     return relation.at[index].set(_relations.strongest(compat, threshold))
-  first = _relations.first_accepted(compat, threshold, len(places))
+  first = _relations.first_accepted(compat, threshold, total)
   first = first.astype(jnp.float16).astype(jnp.float32)
   return relation.at[index].set(jnp.where(relation[index] > 0, relation[index], first))
 

@@ -10,17 +10,20 @@ from hina_optax import _in_turn, _leaves, _numerics, _parts, _rows, _visits
 
 
 class Whole(NamedTuple):
-  """All leaves; trees are called for where they are looked at, and made only there.
+  """All leaves.
 
   Attributes:
     gradients: gives what goes into the modulator.
-    params: gives the parameters.
+    shapes: gives the parameters, with or without their numbers.
     places: gives the places of the leaves that have both.
+    look: `(when, function)`: gives what `function(params, places)` finds, to be called for only
+      where `when` holds; then alone its numbers are right, and only then it is computed.
   """
 
   gradients: Callable[[], Any]
-  params: Callable[[], Any]
+  shapes: Callable[[], Any]
   places: Callable[[], list[int]]
+  look: Callable[..., Callable[[], Any]]
 
 
 class RateRule(NamedTuple):
@@ -85,7 +88,7 @@ def scale_by_rates(
     for rule in rules:
       if rule.reads_params:
         _leaves.require_params(params, rule.reads_params)
-    whole = Whole(lambda: updates, lambda: params, lambda: _present(updates, params))
+    whole = _all(updates, params)
     prepared = prepared or [rule.prepare(whole, own) for rule, own in zip(rules, state.rules)]
     fields = [(i, name) for i, rule in enumerate(rules) for name in rule.per_element]
     watched = [(i, rule.observed) for i, rule in enumerate(rules) if rule.observed]
@@ -121,7 +124,7 @@ def scale_by_rates(
   def survey(params, state):
     assert ask_inner is not None
     known = ask_inner(params, state.inner_state)
-    whole = Whole(lambda: None, params, params.places)
+    whole = Whole(lambda: None, params.shapes, params.places, params.look)
     prepared = [
       # What is kept for each element each stack brings itself.
       rule.prepare(whole, own._replace(**dict.fromkeys(rule.per_element)))
@@ -131,6 +134,14 @@ def scale_by_rates(
 
   at_once = ask_inner is None or any(rule.reads_gradients for rule in rules)
   return _parts.Part(init, update, None if at_once else survey)
+
+
+def _all(updates: Any, params: Any) -> Whole:
+  def places() -> list[int]:
+    return _present(updates, params)
+
+  return Whole(lambda: updates, lambda: params, places,
+               lambda when, function: lambda: function(params, places()))
 
 
 def _present(updates: Any, params: Any) -> list[int]:

@@ -183,9 +183,7 @@ def _terms(params: Any, found: list[_Term]) -> Any:
       parts = [term.value for term in mine]
       if rest:
         parts.append(jnp.zeros((len(rest), *parts[0].shape[1:]), parts[0].dtype))
-      value, rows = jnp.concatenate(parts), rows + rest
-      value = value if rows == sorted(rows) else value[np.argsort(rows)]
-      joined[i] = value.reshape(leaves[i].shape)
+      joined[i] = _numerics.in_order(rows + rest, parts).reshape(leaves[i].shape)
   return structure.unflatten(joined)
 
 
@@ -281,7 +279,7 @@ def _kernels(
   every = [(f, g) for own, found in zip(factors, grams) for f, g in zip(own, found)]
   solved = {}
   for batch in dict.fromkeys(f.batch for f, _ in every if f.batch[3]):
-    sides = [_in_order([(f.pairs, g) for f, g in every if f.batch == batch and f.side == side])
+    sides = [_side([(f, g) for f, g in every if f.batch == batch and f.side == side])
              for side in (0, 1)]
     down, up = (x.reshape(-1, *x.shape[2:]) for x in sides)
     solved[batch] = [x.reshape(sides[0].shape) for x in _spectra.pair_kernels(down, up, emphasis)]
@@ -295,8 +293,6 @@ def _chosen(values: jax.Array, pairs: tuple[int, ...]) -> jax.Array:
   return values if pairs == tuple(range(len(values))) else values[np.array(pairs)]
 
 
-def _in_order(parts: list[tuple[tuple[int, ...], jax.Array]]) -> jax.Array:
-  """The parts of one side in the order of the pairs."""
-  order = [pair for pairs, _ in parts for pair in pairs]
-  joined = jnp.concatenate([values for _, values in parts])
-  return joined if order == sorted(order) else joined[np.argsort(order)]
+def _side(found: list[tuple[_Factors, jax.Array]]) -> jax.Array:
+  """What was found for one side of all pairs, in their order."""
+  return _numerics.in_order([pair for f, _ in found for pair in f.pairs], [g for _, g in found])
