@@ -53,8 +53,8 @@ class Later(NamedTuple):
     """What a function gives of each stack, by index and alone, one after the other."""
     found: list[Any] = []
     for index, group in enumerate(self.layout.groups):
-      alone, last = _alone(group), jax.tree.leaves(found[-1:])
-      stack = _taken(alone, group, self.leaves, last[0] if last else None)
+      alone = _alone(group)
+      stack = _taken(alone, group, self.leaves, jax.tree.leaves(found[-1:]))
       found.append(function(index, stack))
     return found
 
@@ -108,7 +108,7 @@ def update(
   assert part.survey is not None
   known = part.survey(Later(layout, leaves if params is None else params), state)
   results, states = list(leaves), []
-  last: Any = None
+  last: list[Any] = []
   for index, group in enumerate(layout.groups):
     alone = _alone(group)
     gradients, own = (_taken(alone, group, x, last) for x in (leaves, params))
@@ -116,7 +116,9 @@ def update(
       gradients, rows_of(state, layout, index, alone), own, **extra_args,
       **{_parts.SURVEYED: known(layout, index, alone)})
     states.append(after)
-    last = new.arrays[0]
+    # Of a leaf that stands alone the update might else be added without being written out.
+    kept = [x.arrays[0] for x in jax.tree.leaves(after, is_leaf=_is_stacks) if _is_stacks(x)]
+    last = new.arrays if group.stacked or not kept else kept
     likes = [leaves[i] for i in group.places]
     for place, x in zip(group.places, _stacks.unstack(new, likes)):
       results[place] = x
@@ -129,13 +131,12 @@ def _alone(group: Group) -> Layout:
   return Layout((own,), len(group.places))
 
 
-def _taken(alone: Layout, group: Group, leaves: Sequence[Any] | None, last: Any) -> Any:
+def _taken(alone: Layout, group: Group, leaves: Sequence[Any] | None, last: list[Any]) -> Any:
   """The stack of a group, made after `last`."""
   if leaves is None:
     return None
   rows = [leaves[i] for i in group.places]
-  if last is not None and last.size:
-    rows[0] = _numerics.after(last, rows[0])
+  rows[0] = _numerics.after(last, rows[0])
   return _stacks.stack(alone, rows)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array
 Scalar = float | int | jax.Array
@@ -20,6 +21,7 @@ Scalar = float | int | jax.Array
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
 _SQUARES = 1e-30, 1e36
+# Beyond it a square is infinite in fp32, and an average of such stays so.
 _LARGEST_SQUARABLE = 1.8e19
 
 
@@ -147,11 +149,21 @@ def in_order(numbers: Sequence[int], parts: Sequence[Array]) -> Array:
   return joined if order == sorted(order) else joined[np.argsort(order)]
 
 
-def after(first: Array, x: Array) -> Array:
-  """`x`, which the compiler takes to depend on `first`, and so computes later."""
-  word = lax.bitcast_convert_type(first[(0,) * first.ndim].astype(jnp.float32), jnp.int32)
-  never = lax.population_count(word) > 32
+def after(earlier: Sequence[Array], x: Array) -> Array:
+  """`x`, which XLA takes on CPUs to depend on what is `earlier`, and so computes later."""
+  numbers = [y[(0,) * y.ndim].astype(jnp.float32) for y in earlier if y.size]
+  if not numbers:
+    return x
+  never = lax.platform_dependent(
+    sum(numbers), cpu=_never, default=lambda number: jnp.zeros_like(number, bool))
   return jnp.where(never, jnp.zeros_like(x), x)
+
+
+def _never(number: Array) -> Array:
+  """False, which the compiler cannot work out."""
+  # Inlined, what `number` depends on would be computed again for each element of an array.
+  with set_xla_metadata(inlineable="false"):
+    return jax.jit(lambda number: lax.population_count(number.astype(jnp.int32)) > 32)(number)
 
 
 def order_statistic(x: Array, rank: int) -> Array:

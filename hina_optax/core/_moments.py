@@ -10,7 +10,6 @@ from hina_optax import _checks, _leaves, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
 
 _TORQUE_EPS = 1e-8
-# Beyond it a square is infinite in fp32, and stays so: no later gradient would move the element.
 
 
 class ScaleByHinaState(NamedTuple):
@@ -146,7 +145,7 @@ def scale_by_hina(
       new_mu = keep * mu + (source if torque == "sum" else (1 - keep) * source)
       if stability == "adopt" and leaf.stacked:
         # The last to read the old second moment, which need not be copied then.
-        new_nu = _numerics.after(new_mu, new_nu)
+        new_nu = _numerics.after([new_mu], new_nu)
       u = new_mu
       if stability != "adopt":
         shown = jnp.maximum(nu, new_nu) if stability == "max" else new_nu

@@ -26,8 +26,8 @@ def in_bounds(inner: _parts.Part) -> _parts.Part:
       results, state = inner.update(jax.tree.map(_bounded, updates), state, params, **extra_args)
     leaves, structure = _leaves.flat(updates)
     found = structure.flatten_up_to(results)
-    likes = leaves if params is None else structure.flatten_up_to(params)
-    new = [x if _leaves.is_absent(x) else _rejoined(u, x, like, params is None)
+    likes = found if params is None else structure.flatten_up_to(params)
+    new = [x if _leaves.is_absent(x) else _rejoined(u, x, like)
            for x, u, like in zip(leaves, found, likes)]
     return structure.unflatten(new), state
 
@@ -40,8 +40,8 @@ def _bounded(x: Any) -> jax.Array:
   return _numerics.squarable(wide)
 
 
-def _rejoined(new: Any, old: Any, like: Any, alone: bool) -> jax.Array:
+def _rejoined(new: Any, old: Any, like: Any) -> jax.Array:
   """What came out, in the dtype of the parameter if there is one; what went in where not finite."""
-  dtype = new.dtype if alone or _leaves.is_absent(like) else like.dtype
+  dtype = new.dtype if _leaves.is_absent(like) else like.dtype
   new = _numerics.narrowed(jnp.asarray(new), dtype)
   return jnp.where(jnp.isfinite(old), new, jnp.asarray(old).astype(dtype))

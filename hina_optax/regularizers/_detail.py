@@ -93,20 +93,17 @@ def preserve_detail(
 
     def damp(leaf, g, read, trees, scalars):
       del read, scalars
-      grid = leaf.grid(spatial_axes, g.dtype)
-      share = _numerics.scalar(detail_preservation, g.dtype)
+      grid, share = leaf.grid(spatial_axes, g.dtype), _numerics.scalar(detail_preservation, g.dtype)
+      if not grid.axes and (relative or len(leaf.shape) < 2):
+        return g, trees, ()
+      field = _stencils.field(g, grid)
       if relative:
-        if not grid.axes:
-          return g, trees, ()
-        field = _stencils.field(g, grid)
         variance = _numerics.average(trees[0], _relative_variance(field), decay)
         smoothed = variance / _numerics.debias(decay, count, g.dtype)
         return field.values * (share + (1 - share) / (1 + smoothed)), (variance,), ()
-      if len(leaf.shape) < 2:
-        return g, trees, ()
-      squares = jnp.minimum(_stencils.squared_differences(_stencils.field(g, grid)), _LARGEST)
+      squares = jnp.minimum(_stencils.squared_differences(field), _LARGEST)
       variance = _numerics.average(trees[0], squares, decay)
-      return g / (1 + share * variance), (variance,), ()
+      return field.values / (1 + share * variance), (variance,), ()
 
     visited = _visits.visit(damp, updates, trees=(state.local_variance,))
     return visited.updates, PreserveDetailState(count, *visited.trees)
