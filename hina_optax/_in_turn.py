@@ -20,8 +20,8 @@ from hina_optax import _leaves, _numerics, _parts, _shardings, _stacks
 from hina_optax._parts import Part
 from hina_optax._stacks import Group, Layout, Stacks
 
-# Vectors with one entry a leaf are told by their length, which nothing else in a state has.
-_FEW = 8
+# Vectors with one entry a leaf are told by their length, which up to this might be chance.
+_FEWEST_LEAVES = 8
 # Below as many elements in all a step is too short to gain by it.
 LEAST = 1 << 21
 
@@ -93,7 +93,7 @@ def pays(part: Part, layout: Layout, leaves: Sequence[Any]) -> bool:
   present = [x for x in leaves if not _leaves.is_absent(x)]
   return (
     part.survey is not None and jax.default_backend() == "cpu"
-    and len(layout.groups) > 1 and layout.count > _FEW and not layout.missing
+    and len(layout.groups) > 1 and layout.count > _FEWEST_LEAVES and not layout.missing
     and sum(int(np.size(x)) for x in present) >= LEAST
     and all(isinstance(x, jax.core.Tracer) for x in present)
     and not _shardings.is_hidden(present) and not any(map(_shardings.is_sharded, present))

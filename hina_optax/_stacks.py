@@ -1,8 +1,6 @@
 """Leaves of equal shape stacked into one array, so that a part is compiled once for all of them."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
@@ -10,16 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from hina_optax import _leaves, _numerics
+from hina_optax import _borders, _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
-
-# XLA's passes are quadratic in the operands of one concatenation.
-_CHUNK = 512
-# Up to as many rows are taken out of a stack without a function of the compiled program for it.
-_FEW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,25 +182,8 @@ def _rows(group: Group, rows: list[Any]) -> Any:
     return rows[0] if present or not group.stacked else None
   kinds = {jnp.dtype(x.dtype) for x in present}
   dtype = kinds.pop() if len(kinds) == 1 else _numerics.compute_dtype(*kinds)
-  size = math.prod(group.shape)
-  filled = [jnp.zeros(size, dtype) if _leaves.is_absent(x) else _flat(x, dtype) for x in rows]
-  return _concatenate(filled).reshape(len(rows), size)
-
-
-def _flat(x: Any, dtype: Any) -> jax.Array:
-  # By lax, since the methods of arrays take three times as long to trace, once for each leaf.
-  flat = lax.reshape(x if isinstance(x, jax.Array) else jnp.asarray(x), (np.size(x),))
-  return flat if flat.dtype == dtype else lax.convert_element_type(flat, dtype)
-
-
-def _concatenate(rows: list[jax.Array]) -> jax.Array:
-  # The barrier keeps XLA from computing the concatenation again in each of its readers.
-  while len(rows) > 1:
-    rows = [
-      lax.optimization_barrier(lax.concatenate(rows[i:i + _CHUNK], 0))
-      for i in range(0, len(rows), _CHUNK)
-    ]
-  return rows[0]
+  return _borders.join(
+    [jnp.zeros(group.shape, dtype) if _leaves.is_absent(x) else x for x in rows], dtype)
 
 
 def unstack(stacks: Stacks, likes: Sequence[Any]) -> list[Any]:
@@ -218,46 +193,10 @@ def unstack(stacks: Stacks, likes: Sequence[Any]) -> list[Any]:
     if not group.stacked:
       result[group.places[0]] = array
     elif array is not None:
-      for place, row in zip(group.places, _split(array)):
+      for place, row in zip(group.places, _borders.split(array)):
         if not _leaves.is_absent(likes[place]):
           result[place] = lax.reshape(row, group.shape)
   return result
-
-
-def _split(array: jax.Array) -> list[jax.Array]:
-  """The rows of an array, each as an array of its own."""
-  count, length = array.shape
-  flat = array.reshape(count * length)
-
-  def at_once(flat: jax.Array) -> list[jax.Array]:
-    return list(lax.split(flat, [length] * count))
-
-  if count <= _FEW or length == 0:
-    return at_once(flat)
-  return lax.platform_dependent(
-    flat, cpu=functools.partial(_split_in_calls, count=count, length=length), default=at_once)
-
-
-def _split_in_calls(flat: jax.Array, count: int, length: int) -> list[jax.Array]:
-  """Rows of a flat stack, taken out by functions that XLA's CPU backend does not inline.
-
-  Many of its passes are quadratic in the instructions of one function, and it generates code for
-  each slice, which equal functions share: as many of them as there are rows in each.
-  """
-  # Of a known beginning XLA would make each call a function of its own.
-  zero = jnp.minimum(lax.population_count(flat[0].astype(jnp.int32)), 0)
-  most = max(_FEW, math.isqrt(count))
-  with set_xla_metadata(inlineable="false"):
-    return [row for begin in range(0, count, most)
-            for row in _rows_from(flat, zero + begin * length, min(most, count - begin), length)]
-
-
-@functools.partial(jax.jit, static_argnames=("count", "length"))
-def _rows_from(flat: jax.Array, begin: jax.Array, count: int, length: int) -> list[jax.Array]:
-  return [
-    lax.dynamic_slice_in_dim(flat, begin + i * length, length, allow_negative_indices=False)
-    for i in range(count)
-  ]
 
 
 def as_dicts(state: Any) -> Any:

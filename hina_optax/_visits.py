@@ -26,49 +26,30 @@ def known_finite() -> Iterator[None]:
     _FINITE.reset(token)
 
 
-class Visit(NamedTuple):
-  """What stands at one node of a tree: one leaf, or leaves of one shape.
-
-  Attributes:
-    paths: of the leaves (`"block/dense/kernel"`).
-    places: of the leaves in the flattened tree of the user.
-    shape: of each leaf.
-    stacked: whether the node is an array with one row a leaf; its leaves are flat.
-  """
-
-  paths: tuple[str, ...]
-  places: tuple[int, ...]
-  shape: tuple[int, ...]
-  stacked: bool
-
-  def grid(self, rule: _leaves.SpatialAxes | None, dtype: Any) -> _stencils.Grid:
-    """Along which axes of each of these leaves neighbours are compared."""
-    leaf = jax.ShapeDtypeStruct(self.shape, dtype)
-    axes = _leaves.resolve_axes(rule, self.paths[0], leaf)
-    for path in self.paths[1:]:
-      if _leaves.resolve_axes(rule, path, leaf) != axes:
-        raise ValueError(
-          f"spatial_axes gives {axes} for leaf '{self.paths[0]}' and another answer for '{path}', "
-          "which has the same shape: they cannot be batched together. Give with_leaf_batching a "
-          "`kind` that tells them apart."
-        )
-    return _stencils.Grid(self.shape, axes)
+def grid(node: Group, rule: _leaves.SpatialAxes | None, dtype: Any) -> _stencils.Grid:
+  """Along which axes of each leaf of a node neighbours are compared."""
+  leaf = jax.ShapeDtypeStruct(node.shape, dtype)
+  axes = _leaves.resolve_axes(rule, node.paths[0], leaf)
+  for path in node.paths[1:]:
+    if _leaves.resolve_axes(rule, path, leaf) != axes:
+      raise ValueError(
+        f"spatial_axes gives {axes} for leaf '{node.paths[0]}' and another answer for '{path}', "
+        "which has the same shape: they cannot be batched together. Give with_leaf_batching a "
+        "`kind` that tells them apart."
+      )
+  return _stencils.Grid(node.shape, axes)
 
 
-def nodes(tree: Any) -> list[Visit]:
-  """The nodes of a tree in its order, absent ones among them."""
+def nodes(tree: Any) -> list[Group]:
+  """The nodes of a tree in its order, absent ones among them: leaves, or stacks of leaves."""
   if isinstance(tree, Stacks):
-    return [_visit(group) for group in tree.layout.groups]
+    return list(tree.layout.groups)
   places, leaves, _ = _leaves.flatten(tree)
   return [
-    Visit((place.path,), (place.index,), jnp.shape(leaf) if not _leaves.is_absent(leaf) else (),
-          False)
+    Group(place.path, (place.path,), (place.index,),
+          () if _leaves.is_absent(leaf) else jnp.shape(leaf))
     for place, leaf in zip(places, leaves)
   ]
-
-
-def _visit(group: Group) -> Visit:
-  return Visit(group.paths, group.places, group.shape, group.stacked)
 
 
 def members(tree: Any) -> list[tuple[_leaves.Leaf, Any]]:
@@ -103,11 +84,11 @@ def has_axes(rule: _leaves.SpatialAxes | None, params: Any) -> np.ndarray:
   found = np.zeros(leaf_count(params), bool)
   for node, leaf in zip(nodes(params), values(params)):
     if not _leaves.is_absent(leaf):
-      found[list(node.places)] = bool(node.grid(rule, leaf.dtype).axes)
+      found[list(node.places)] = bool(grid(node, rule, leaf.dtype).axes)
   return found
 
 
-def one_of(node: Visit, leaf: Any) -> Any:
+def one_of(node: Group, leaf: Any) -> Any:
   """Shape and dtype of one leaf of a node."""
   return jax.ShapeDtypeStruct(node.shape, leaf.dtype) if node.stacked else leaf
 
@@ -117,7 +98,7 @@ def values(tree: Any) -> list[Any]:
   return jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
 
 
-def for_each(node: Visit, function: Callable[..., Any], *arrays: Any) -> Any:
+def for_each(node: Group, function: Callable[..., Any], *arrays: Any) -> Any:
   """`function` of each leaf of a node: one call, or one for all rows."""
   return jax.vmap(function)(*arrays) if node.stacked else function(*arrays)
 
@@ -158,7 +139,7 @@ def visit(
   cut = len(read), len(read) + len(raw)
   new_updates: list[Any] = []
   new_trees: list[list[Any]] = [[] for _ in trees]
-  found: list[tuple[Visit, Any]] = []
+  found: list[tuple[Group, Any]] = []
   for i, (node, update) in enumerate(zip(nodes(updates), leaves)):
     row = [column[i] for column in columns]
     if _leaves.is_absent(update):
@@ -181,7 +162,7 @@ def visit(
   )
 
 
-def _at(function, node: Visit, update, row, cut, scalars):
+def _at(function, node: Group, update, row, cut, scalars):
   """The function at one node: `row` holds what is read, what is raw, and the state there."""
   present = [i for i, x in enumerate(row) if not _leaves.is_absent(x)]
 
@@ -196,7 +177,7 @@ def _at(function, node: Visit, update, row, cut, scalars):
   return for_each(node, one, update, [jnp.asarray(row[i]) for i in present], numbers)
 
 
-def _of(node: Visit, vector: jax.Array) -> jax.Array:
+def _of(node: Group, vector: jax.Array) -> jax.Array:
   """The entries of a per-leaf vector that belong to a node."""
   if not node.stacked:
     return vector[node.places[0]]
@@ -206,7 +187,7 @@ def _of(node: Visit, vector: jax.Array) -> jax.Array:
   return vector[places]
 
 
-def _vector(found: list[tuple[Visit, Any]], old: jax.Array, gone: frozenset[int]) -> jax.Array:
+def _vector(found: list[tuple[Group, Any]], old: jax.Array, gone: frozenset[int]) -> jax.Array:
   """A per-leaf vector in the order of the user's leaves; old entries where nothing was computed."""
   if not found:
     return old

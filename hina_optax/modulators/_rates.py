@@ -90,34 +90,8 @@ def scale_by_rates(
         _leaves.require_params(params, rule.reads_params)
     whole = _all(updates, params)
     prepared = prepared or [rule.prepare(whole, own) for rule, own in zip(rules, state.rules)]
-    fields = [(i, name) for i, rule in enumerate(rules) for name in rule.per_element]
-    watched = [(i, rule.observed) for i, rule in enumerate(rules) if rule.observed]
-
-    def scale(leaf, u, read, trees, scalars):
-      del leaf
-      own = iter(scalars[len(watched):])
-      new_trees: list[Any] = []
-      product, start = jnp.ones([], u.dtype), 0
-      for rule, (values, _) in zip(rules, prepared):
-        stop = start + len(rule.per_element)
-        value = next(own) if rule.per_leaf else values
-        factor, new = rule.factor(u, read[0], trees[start:stop], value)
-        product, start = product * factor, stop
-        new_trees += new
-      if bounds is not None:
-        product = jnp.clip(product, *(_numerics.scalar(b, u.dtype) for b in bounds))
-      return u * product, tuple(new_trees), tuple(rules[i].observe(read[0]) for i, _ in watched)
-
-    visited = _visits.visit(
-      scale, directions, read=(updates,), trees=[getattr(state.rules[i], n) for i, n in fields],
-      scalars=[getattr(state.rules[i], n) for i, n in watched] + [
-        values for rule, (values, _) in zip(rules, prepared) if rule.per_leaf],
-    )
-    new_states = [new_state for _, new_state in prepared]
-    new_fields = (*visited.trees, *visited.scalars[:len(watched)])
-    for (i, name), new in zip((*fields, *watched), new_fields):
-      new_states[i] = new_states[i]._replace(**{name: new})
-    return visited.updates, ScaleByRatesState(inner_state, tuple(new_states))
+    scaled, new = _scaled(rules, bounds, directions, updates, state.rules, prepared)
+    return scaled, ScaleByRatesState(inner_state, new)
 
   ask_inner = inner.survey
 
@@ -134,6 +108,46 @@ def scale_by_rates(
 
   at_once = ask_inner is None or any(rule.reads_gradients for rule in rules)
   return _parts.Part(init, update, None if at_once else survey)
+
+
+def _scaled(
+  rules: Sequence[RateRule], bounds: tuple[float, float] | None, directions: Any, updates: Any,
+  old: Sequence[Any], prepared: Sequence[tuple[Any, Any]],
+) -> tuple[Any, tuple[Any, ...]]:
+  """The directions times the product of all rules, and the rules' new states."""
+  fields = [(i, name) for i, rule in enumerate(rules) for name in rule.per_element]
+  watched = [(i, rule.observed) for i, rule in enumerate(rules) if rule.observed]
+  per_leaf = [values for rule, (values, _) in zip(rules, prepared) if rule.per_leaf]
+
+  def scale(leaf, u, read, trees, scalars):
+    del leaf
+    own = iter(scalars[len(watched):])
+    values = [next(own) if rule.per_leaf else x for rule, (x, _) in zip(rules, prepared)]
+    product, new = _product(rules, values, u, read[0], trees)
+    if bounds is not None:
+      product = jnp.clip(product, *(_numerics.scalar(b, u.dtype) for b in bounds))
+    return u * product, new, tuple(rules[i].observe(read[0]) for i, _ in watched)
+
+  visited = _visits.visit(
+    scale, directions, read=(updates,), trees=[getattr(old[i], name) for i, name in fields],
+    scalars=[getattr(old[i], name) for i, name in watched] + per_leaf)
+  states = [state for _, state in prepared]
+  for (i, name), new in zip((*fields, *watched), (*visited.trees, *visited.scalars)):
+    states[i] = states[i]._replace(**{name: new})
+  return visited.updates, tuple(states)
+
+
+def _product(
+  rules: Sequence[RateRule], values: Sequence[Any], direction: Any, gradient: Any,
+  trees: tuple[Any, ...],
+) -> tuple[Any, tuple[Any, ...]]:
+  """The scale of one leaf by all rules, and their new per-element state."""
+  product, found, start = jnp.ones([], direction.dtype), (), 0
+  for rule, value in zip(rules, values):
+    stop = start + len(rule.per_element)
+    factor, new = rule.factor(direction, gradient, trees[start:stop], value)
+    product, found, start = product * factor, (*found, *new), stop
+  return product, found
 
 
 def _all(updates: Any, params: Any) -> Whole:

@@ -115,7 +115,7 @@ def attenuate_background(
 
     def damp(leaf, g, read, trees, scalars):
       del read
-      grid = leaf.grid(spatial_axes, g.dtype)
+      grid = _visits.grid(leaf, spatial_axes, g.dtype)
       if not grid.axes or not g.size:
         return g, trees, scalars
       quiet = _is_quiet(jnp.abs(g), mode, grid, border)

@@ -93,7 +93,8 @@ def preserve_detail(
 
     def damp(leaf, g, read, trees, scalars):
       del read, scalars
-      grid, share = leaf.grid(spatial_axes, g.dtype), _numerics.scalar(detail_preservation, g.dtype)
+      grid = _visits.grid(leaf, spatial_axes, g.dtype)
+      share = _numerics.scalar(detail_preservation, g.dtype)
       if not grid.axes and (relative or len(leaf.shape) < 2):
         return g, trees, ()
       field = _stencils.field(g, grid)

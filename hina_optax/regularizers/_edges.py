@@ -86,7 +86,7 @@ def suppress_edges(
 
   def damp(leaf, g, read, trees, scalars):
     del read, trees
-    grid = leaf.grid(spatial_axes, g.dtype)
+    grid = _visits.grid(leaf, spatial_axes, g.dtype)
     if not grid.axes or not g.size:
       return g, (), scalars
     field = _stencils.field(g, grid)

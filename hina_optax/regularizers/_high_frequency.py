@@ -71,7 +71,7 @@ def suppress_high_frequency(
 
   def smooth(leaf, g, read, trees, scalars):
     del read, trees, scalars
-    grid = leaf.grid(spatial_axes, g.dtype)
+    grid = _visits.grid(leaf, spatial_axes, g.dtype)
     if not grid.axes:
       return g, (), ()
     field = _stencils.field(g, grid)

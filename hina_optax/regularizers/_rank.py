@@ -14,6 +14,7 @@ import optax
 
 from hina_optax import _checks, _leaves, _lora, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
+from hina_optax._stacks import Group
 from hina_optax.regularizers import _spectra
 
 
@@ -93,9 +94,8 @@ def add_rank_penalty(
   pattern = _lora.compile_pattern(lora_pattern)
 
   measured = functools.partial(_measured, pattern=pattern, measure=measure)
-  others = {"nuclear": _spectra.polar_factor, "ignore": None}[unpaired]
-  if measure == "top_eigenvalues":
-    others = _spectra.energy_gradient
+  others = {"nuclear": {"nuclear": _spectra.polar_factor, "ignore": None}[unpaired],
+            "top_eigenvalues": _spectra.energy_gradient}[measure]
 
   def init(params: Any) -> AddRankPenaltyState:
     _leaves.check_floating(params, "params")
@@ -114,10 +114,10 @@ def add_rank_penalty(
 
     def add(leaf, g, read, trees, scalars):
       del leaf, trees, scalars
-      term = None if read[0] is None else _visits.finite(read[0])
+      [term] = read
       return (g if term is None else g + _numerics.scalar(strength, g.dtype) * term), (), ()
 
-    return _visits.visit(add, updates, read=(terms,)).updates, state
+    return _visits.visit(add, updates, raw=(terms,)).updates, state
 
   def survey(params, state):
     del state
@@ -165,13 +165,13 @@ class _Factors(NamedTuple):
   pairs: tuple[int, ...]
 
 
-def _rows_of(node: _visits.Visit, array: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+def _rows_of(node: Group, array: jax.Array, rows: tuple[int, ...]) -> jax.Array:
   whole = array.reshape(len(node.places), *node.shape)
   return whole if rows == tuple(range(len(node.places))) else whole[np.array(rows)]
 
 
 def _terms(params: Any, found: list[_Term]) -> Any:
-  """The terms as a tree like `params`, absent where there is none."""
+  """The terms as a tree like `params`, absent where there is none, 0 for what is not finite."""
   nodes = _visits.nodes(params)
   leaves, structure = _leaves.flat(params)
   joined: list[Any] = [None] * len(leaves)
@@ -183,7 +183,8 @@ def _terms(params: Any, found: list[_Term]) -> Any:
       parts = [term.value for term in mine]
       if rest:
         parts.append(jnp.zeros((len(rest), *parts[0].shape[1:]), parts[0].dtype))
-      joined[i] = _numerics.in_order(rows + rest, parts).reshape(leaves[i].shape)
+      terms = _numerics.in_order(rows + rest, parts).reshape(leaves[i].shape)
+      joined[i] = _visits.finite(terms)
   return structure.unflatten(joined)
 
 
@@ -257,7 +258,7 @@ def _factors(pairs: list[_lora.Pair], params: Any) -> list[list[_Factors]]:
   return found
 
 
-def _grams(node: _visits.Visit, array: Any, factors: list[_Factors]) -> list[Any]:
+def _grams(node: Group, array: Any, factors: list[_Factors]) -> list[Any]:
   """`A A^T` or `B^T B` for each of a node's factors; `None` where they have no elements."""
   return [
     _gram(_rows_of(node, jnp.asarray(array), f.rows).astype(f.batch[2]), f.layout)

@@ -179,15 +179,42 @@ def test_the_program_does_not_grow_with_equal_leaves():
   assert operations(6) == operations(40)
 
 
-def test_rows_taken_out_one_by_one_are_those_taken_out_at_once():
-  """More rows than a chunk holds, and 2-byte numbers, which take the other way."""
-  cases = ((1200, jnp.float32), (12, jnp.float32), (12, jnp.bfloat16), (3, jnp.float32))
-  for count, dtype in cases:
-    params = {f"p{i:04}": jnp.full((3,), i, dtype) for i in range(count)}
-    tx = memory.with_leaf_batching(optax.identity())
-    for run in (tx.update, jax.jit(tx.update)):
-      updates, _ = run(params, tx.init(params), params)
-      trees.assert_equal(updates, params)
+@pytest.mark.parametrize(("count", "dtype"), [
+  (3, jnp.float32), (12, jnp.float32), (12, jnp.bfloat16), (100, jnp.float32), (1200, jnp.float32),
+], ids=str)
+def test_rows_come_out_of_a_stack_as_they_went_in(count, dtype):
+  """In functions of their own, the last with fewer; more than one concatenation holds."""
+  params = {f"p{i:04}": jnp.full((3,), i, dtype) for i in range(count)}
+  params["p0000"] = jnp.array([jnp.nan, -1, jnp.inf], dtype)
+  tx = memory.with_leaf_batching(optax.identity())
+  for run in (tx.update, jax.jit(tx.update)):
+    updates, _ = run(params, tx.init(params), params)
+    trees.assert_equal(updates, params)
+
+
+def test_rows_are_taken_out_by_few_functions():
+  """XLA takes a time that is quadratic in what stands in one."""
+  params = {f"p{i}": jnp.ones((4, 4)) for i in range(100)}
+  tx = memory.with_leaf_batching(optax.scale(2.0))
+  program = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+  assert len(re.findall(r" call\(", program)) == 10
+
+
+def test_a_leaf_does_not_compute_the_one_before_again(monkeypatch):
+  """Stack by stack each waits for one number of the last, and for no more."""
+  monkeypatch.setattr(_in_turn, "LEAST", 0)
+
+  def most_operands(count):
+    params = {f"w{i}": jnp.ones((8, 8 + i)) for i in range(count)}
+    params |= {f"v{i}": jnp.ones((8, 7)) for i in range(2)}
+    tx = memory.with_leaf_batching(ho.suppress_high_frequency(0.1))
+    state = tx.init(params)
+    step = jax.jit(lambda g, params: optax.apply_updates(params, tx.update(g, state, params)[0]))
+    program = step.lower(params, params).compile().as_text()
+    fusions = re.findall(r" = f32\[8,\d+\]\S* fusion\(([^)]*)\)", program)
+    return max(x.count("%") for x in fusions)
+
+  assert most_operands(8) == most_operands(16)
 
 
 def test_nan_and_infinity_reach_their_own_leaf_alone():

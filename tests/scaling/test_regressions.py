@@ -69,3 +69,11 @@ def test_the_size_of_a_gradient_is_a_number_where_its_square_is_none(size):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
   if size < 1:
     np.testing.assert_allclose(updates["a"] / updates["b"], 3 * 1.2 / 0.8, 1e-3)
+
+
+def test_a_rate_next_to_nothing_has_finite_bounds():
+  """The original's absolute rates of elements are multiples of it, which fp32 would not hold."""
+  params = {"w": jnp.ones((4, 4))}
+  tx = ho.hina_adaptive(2e-183, sd_scripts_compat=True)
+  updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+  assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves((updates, state)))
