@@ -41,35 +41,33 @@ def _flat(x: Any, dtype: Any) -> jax.Array:
 
 def split(array: jax.Array) -> list[jax.Array]:
   """The rows of an array, each as an array of its own."""
-  count, length = array.shape
-  flat = array.reshape(count * length)
+  def at_once(array: jax.Array) -> list[jax.Array]:
+    count, length = array.shape
+    return list(lax.split(array.reshape(count * length), [length] * count))
 
-  def at_once(flat: jax.Array) -> list[jax.Array]:
-    return list(lax.split(flat, [length] * count))
-
-  if count <= _FEW:
-    return at_once(flat)
-  return lax.platform_dependent(
-    flat, cpu=functools.partial(_split_in_calls, count=count, length=length), default=at_once)
+  if len(array) <= _FEW:
+    return at_once(array)
+  return lax.platform_dependent(array, cpu=_split_in_calls, default=at_once)
 
 
-def _split_in_calls(flat: jax.Array, count: int, length: int) -> list[jax.Array]:
-  """Rows of a flat stack, taken out by functions that XLA does not inline.
+def _split_in_calls(array: jax.Array) -> list[jax.Array]:
+  """Rows of a stack, taken out by functions that XLA does not inline.
 
   XLA's CPU backend generates code for each slice, but once for those of equal functions: as many of
   them as each has slices.
   """
   # Of a known beginning XLA would make each call a function of its own.
-  zero = jnp.minimum(lax.population_count(flat[0].astype(jnp.int32)), 0)
+  zero = jnp.minimum(lax.population_count(array[0, 0].astype(jnp.int32)), 0)
+  count = len(array)
   most = max(_FEW, math.isqrt(count))
   with set_xla_metadata(inlineable="false"):
     return [row for begin in range(0, count, most)
-            for row in _rows_from(flat, zero + begin * length, min(most, count - begin), length)]
+            for row in _rows_from(array, zero + begin, min(most, count - begin))]
 
 
-@functools.partial(jax.jit, static_argnames=("count", "length"))
-def _rows_from(flat: jax.Array, begin: jax.Array, count: int, length: int) -> list[jax.Array]:
-  return [
-    lax.dynamic_slice_in_dim(flat, begin + i * length, length, allow_negative_indices=False)
-    for i in range(count)
-  ]
+@functools.partial(jax.jit, static_argnames="count")
+def _rows_from(array: jax.Array, begin: jax.Array, count: int) -> list[jax.Array]:
+  # Not of a flat array: what is computed on the way would look up the row of each element.
+  rows = (lax.dynamic_slice_in_dim(array, begin + i, 1, allow_negative_indices=False)
+          for i in range(count))
+  return [lax.squeeze(row, (0,)) for row in rows]
