@@ -12,6 +12,10 @@ from jax import lax
 from hina_optax import _borders, _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
+# Elements of a stack, 16 MB in fp32: enough to keep a GPU busy, and on a CPU what a step writes in
+# between nearly fits into the cache. Of larger leaves a stack holds a few, to have fewer arrays.
+LARGEST = 1 << 22
+_FEW_LARGE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,8 @@ def layout_of(
     return None
   groups: list[Group] = []
   taken: set[str] = set()
-  for members in _divided(found.values(), [place.path in apart for place in places]):
+  alone = [place.path in apart for place in places]
+  for members in _divided(found.values(), alone, [int(np.size(x)) for x in leaves]):
     paths = tuple(places[i].path for i in members)
     name = _unique(_name(paths, leaves[members[0]].shape), taken)
     groups.append(Group(name, paths, tuple(members), tuple(leaves[members[0]].shape),
@@ -120,13 +125,16 @@ def layout_of(
   return Layout(tuple(sorted(groups, key=lambda g: g.name)), len(leaves), absent)
 
 
-def _divided(groups: Iterable[list[int]], alone: list[bool]) -> Iterator[list[int]]:
-  """The groups without those of their members that stand alone, and these, one by one."""
+def _divided(
+  groups: Iterable[list[int]], alone: list[bool], sizes: list[int]
+) -> Iterator[list[int]]:
+  """The members of each group that stand alone, one by one, and the others in equal parts."""
   for members in groups:
     yield from ([i] for i in members if alone[i])
     together = [i for i in members if not alone[i]]
-    if together:
-      yield together
+    parts = max(1, min(-(-sum(sizes[i] for i in together) // LARGEST), len(together) // _FEW_LARGE))
+    for part in range(parts if together else 0):
+      yield together[part * len(together) // parts:(part + 1) * len(together) // parts]
 
 
 def by_path(kind: Callable[[str, Any], Any]) -> Kinds:

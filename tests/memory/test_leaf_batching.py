@@ -13,7 +13,7 @@ from cases import CASES, EVERYTHING, RARE
 from storages import INNERS
 
 import hina_optax as ho
-from hina_optax import _in_turn, memory
+from hina_optax import _in_turn, _stacks, memory
 
 
 def layers(count=3, dtype=jnp.float32):
@@ -275,6 +275,28 @@ def test_nothing_to_stack_changes_nothing():
   params = trees.mixed()
   state = memory.with_leaf_batching(optax.adamw(1e-3)).init(params)
   assert jax.tree.structure(state) == jax.tree.structure(optax.adamw(1e-3).init(params))
+
+
+@pytest.mark.parametrize(("count", "elements", "expected"), [
+  (40, 1 << 14, [40]), (256, 1 << 14, [256]), (257, 1 << 14, [128, 129]),
+  (1000, 1 << 14, [250] * 4), (7, 1 << 20, [7]), (17, 1 << 20, [8, 9]),
+])
+def test_many_elements_are_several_stacks_of_nearly_equal_size(count, elements, expected):
+  params = {f"l{i}": jax.ShapeDtypeStruct((elements,), jnp.float32) for i in range(count)}
+  state = jax.eval_shape(memory.with_leaf_batching(optax.adamw(1e-3)).init, params)
+  assert sorted(len(x) for x in optax.tree.get(state, "mu").values()) == expected
+
+
+def test_several_stacks_of_one_shape_are_one(monkeypatch):
+  params = layers(9)
+  run = lambda: trees.run(  # noqa: E731
+    memory.with_leaf_batching(ho.scale_by_hina()), params, steps(params), apply=False)[1]
+  expected = run()
+  monkeypatch.setattr(_stacks, "LARGEST", 12)
+  monkeypatch.setattr(_stacks, "_FEW_LARGE", 3)
+  state = memory.with_leaf_batching(ho.scale_by_hina()).init(params)
+  assert sum("lora_a[6x2]" in x for x in optax.tree.get(state, "mu")) == 3
+  trees.assert_equal(run(), expected)
 
 
 def test_masks_outside_donation_shapes_and_the_limit_of_the_alias(tmp_path):
