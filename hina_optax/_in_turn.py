@@ -32,10 +32,12 @@ class Later(NamedTuple):
   Attributes:
     layout: how.
     leaves: in the order of the user's tree.
+    looks: what `look` has found, added as it is called.
   """
 
   layout: Layout
   leaves: Sequence[Any]
+  looks: list[Any]
 
   def __call__(self) -> Stacks:
     """The stacks."""
@@ -80,6 +82,7 @@ class Later(NamedTuple):
         return None
       return _numerics.in_order([i for places, _ in rows for i in places], [x for _, x in rows])
 
+    self.looks.extend(jax.tree.leaves(found))
     whole = jax.tree.map(joined, *found, is_leaf=_leaves.is_absent)
     return lambda: whole
 
@@ -106,9 +109,10 @@ def update(
 ) -> tuple[list[Any], Any]:
   """`part.update` of leaves that stand as in the user's tree, for a stacked state."""
   assert part.survey is not None
-  known = part.survey(Later(layout, leaves if params is None else params), state)
   results, states = list(leaves), []
+  # The first waits for what looks at all leaves, which else would be in memory beside it.
   last: list[Any] = []
+  known = part.survey(Later(layout, leaves if params is None else params, last), state)
   for index, group in enumerate(layout.groups):
     alone = _alone(group)
     gradients, own = (_taken(alone, group, x, last) for x in (leaves, params))

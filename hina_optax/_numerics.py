@@ -149,6 +149,17 @@ def in_order(numbers: Sequence[int], parts: Sequence[Array]) -> Array:
   return joined if order == sorted(order) else joined[np.argsort(order)]
 
 
+def written(x: Array) -> Array:
+  """`x`, which XLA on CPUs writes out instead of computing it again in each of its readers."""
+  return lax.platform_dependent(x, cpu=_handed_on, default=lax.optimization_barrier)
+
+
+def _handed_on(x: Array) -> Array:
+  # A call that is not inlined costs no copy.
+  with set_xla_metadata(inlineable="false"):
+    return jax.jit(lax.optimization_barrier)(x)
+
+
 def after(earlier: Sequence[Array], x: Array) -> Array:
   """`x`, which XLA takes on CPUs to depend on what is `earlier`, and so computes later."""
   numbers = [y[(0,) * y.ndim].astype(jnp.float32) for y in earlier if y.size]

@@ -1,10 +1,13 @@
 """Stencils: against loops over neighbours, for leaves in their own shape and flat ones."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hina_optax as ho
 from hina_optax import _stencils
 
 GRIDS = [
@@ -75,3 +78,11 @@ def test_box_mean_of_flat_and_shaped_leaves(grid, border):
 def test_empty_leaves_pass(name):
   grid = _stencils.Grid((0, 3), (0, 1))
   assert STENCILS[name](_stencils.field(jnp.zeros((0, 3)), grid)).shape == (0, 3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends keep it by themselves")
+def test_edges_are_computed_once_for_their_three_readers():
+  gradients = {"w": jnp.ones((8, 8))}
+  tx = ho.suppress_edges(0.1, spatial_axes=lambda path, leaf: (0, 1))
+  program = jax.jit(tx.update).lower(gradients, tx.init(gradients)).compile().as_text()
+  assert len(re.findall(r" abs\(", program)) == 1

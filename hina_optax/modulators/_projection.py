@@ -97,15 +97,18 @@ def project_to_init(
 
     def pull(leaf, u, read, trees, scalars):
       del leaf, scalars
-      (g, x, param, step), old = read, trees[0]
+      (g, x, param, step), old, u = read, trees[0], _numerics.written(u)
       new, amount = old + u, _numerics.scalar(strength, u.dtype)
       if rate is None:
-        u = u - amount * _selective_share(g, old, new) * new
+        # Behind a barrier, so that the sum for the share adds on the way and `new` is not written.
+        share = _selective_share(g, old, old + lax.optimization_barrier(u))
+        u = u - amount * share * new
       else:
         # Rounded as the original rounds: to the parameter after the optimizer's own step.
         stepped = x + u
         share = _numerics.safe_divide(_numerics.norm(new), _numerics.norm(stepped))
         u = (stepped - _numerics.scalar(rate, u.dtype) * amount * share * new) - x
+      u = _numerics.written(u)
       moved = _applied(u, param, step.dtype)
       return u, (old + moved,), ()
 

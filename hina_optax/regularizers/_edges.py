@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
 from hina_optax._numerics import Scalar
@@ -107,6 +106,6 @@ def suppress_edges(
 
 def _edges(field: _stencils.Field, border: str, relative: bool) -> tuple[jax.Array, jax.Array]:
   """Second differences, and what an edge strength of 1 is among them."""
-  # The barrier keeps XLA from computing the stencil again in each of three readers.
-  edges = lax.optimization_barrier(jnp.abs(_stencils.laplacian(field, border)))
+  # There are three readers.
+  edges = _numerics.written(jnp.abs(_stencils.laplacian(field, border)))
   return edges, jnp.max(edges) if relative else jnp.ones([], edges.dtype)
