@@ -60,6 +60,7 @@ class HinaAdaptive(torch.optim.SGD):
 """
 
 
+@pytest.mark.slow
 def test_both_frameworks_train_alike(folder, tmp_path, capsys):
   original = tmp_path / "original.py"
   original.write_text(ORIGINAL)
