@@ -132,9 +132,12 @@ def _divided(
   for members in groups:
     yield from ([i] for i in members if alone[i])
     together = [i for i in members if not alone[i]]
-    parts = max(1, min(-(-sum(sizes[i] for i in together) // LARGEST), len(together) // _FEW_LARGE))
-    for part in range(parts if together else 0):
-      yield together[part * len(together) // parts:(part + 1) * len(together) // parts]
+    if together:
+      # Leaves of a group have one size.
+      count, size = len(together), sizes[together[0]]
+      parts = max(1, min(-(-count * size // LARGEST), count // _FEW_LARGE))
+      for part in range(parts):
+        yield together[part * count // parts:(part + 1) * count // parts]
 
 
 def by_path(kind: Callable[[str, Any], Any]) -> Kinds:

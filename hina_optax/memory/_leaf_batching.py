@@ -30,9 +30,9 @@ def with_leaf_batching(
   own structure: where it held a tree like the parameters it holds one dict of arrays. Keys are the
   path of a leaf that stands alone, or what the paths of a stack share and its shape, such as
   `"down/*/lora_a[640x16]"`; regular expressions on paths find both. Parts of this library keep one
-  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. More than 4 million equal elements become
-  several stacks of at most as many (of at least eight leaves). A tree in which no two leaves are
-  alike is handed on as it is.
+  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. Leaves of more than 4 million elements
+  together become several stacks, each of at most as many elements or of a few leaves. A tree in
+  which no two leaves are alike is handed on as it is.
 
   It costs a copy of the stacked parameters and gradients into stacks and of the updates out of
   them, in memory and in time: on large leaves that is more than it saves, hence `max_elements`.

@@ -46,7 +46,7 @@ def steps(params, count=4):
 
 # What these have on is in the case with everything on, or batched as a part by itself.
 COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-everything",
-           "scale_by_hina-torque", "scale_by_importance-original", "project_to_init-original")
+           "scale_by_hina-torque")
 
 
 @pytest.mark.parametrize("case", [
