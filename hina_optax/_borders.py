@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from hina_optax import _numerics
 
 # Operands of one concatenation.
 _CHUNK = 512
@@ -60,12 +61,11 @@ def _split_in_calls(array: jax.Array) -> list[jax.Array]:
   zero = jnp.minimum(lax.population_count(array[0, 0].astype(jnp.int32)), 0)
   count = len(array)
   most = max(_FEW, math.isqrt(count))
-  with set_xla_metadata(inlineable="false"):
-    return [row for begin in range(0, count, most)
-            for row in _rows_from(array, zero + begin, min(most, count - begin))]
+  return [row for begin in range(0, count, most)
+          for row in _rows_from(array, zero + begin, min(most, count - begin))]
 
 
-@functools.partial(jax.jit, static_argnames="count")
+@functools.partial(_numerics.noinline, static_argnames="count")
 def _rows_from(array: jax.Array, begin: jax.Array, count: int) -> list[jax.Array]:
   # Not of a flat array: what is computed on the way would look up the row of each element.
   rows = (lax.dynamic_slice_in_dim(array, begin + i, 1, allow_negative_indices=False)

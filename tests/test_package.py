@@ -25,9 +25,8 @@ REPORTS = {
 }
 # Lower may not import higher.
 LAYERS = [
-  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "_borders",
-   "checkpoint_shapes"},
-  {"_leaves"},
+  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
+  {"_leaves", "_borders"},
   {"_stacks", "_parts"},
   {"_layouts", "_abstract", "_in_turn"},
   {"_visits", "_rows"},
