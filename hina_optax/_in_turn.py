@@ -8,7 +8,7 @@ to step.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,9 +55,9 @@ class Later(NamedTuple):
     """What a function gives of each stack, by index and alone, one after the other."""
     found: list[Any] = []
     for index, group in enumerate(self.layout.groups):
-      alone = _alone(group)
-      stack = _taken(alone, group, self.leaves, jax.tree.leaves(found[-1:]))
-      found.append(function(index, stack))
+      leaves = _leaves_of(group, self.leaves, jax.tree.leaves(found[-1:]))
+      found.append(function(index, _stacks.stack(_alone(group), leaves)))
+    self.looks.extend(jax.tree.leaves(found))
     return found
 
   def look(self, when: jax.Array, function: Callable[..., Any]) -> Callable[[], Any]:
@@ -113,20 +113,59 @@ def update(
   # The first waits for what looks at all leaves, which else would be in memory beside it.
   last: list[Any] = []
   known = part.survey(Later(layout, leaves if params is None else params, last), state)
-  for index, group in enumerate(layout.groups):
-    alone = _alone(group)
-    gradients, own = (_taken(alone, group, x, last) for x in (leaves, params))
-    new, after = part.update(
-      gradients, rows_of(state, layout, index, alone), own, **extra_args,
-      **{_parts.SURVEYED: known(layout, index, alone)})
+  update_one = _as_a_call(part, extra_args)
+  for (index, group), alone in zip(enumerate(layout.groups), _each_alone(layout)):
+    own = None if params is None else [params[i] for i in group.places]
+    new, rows, after = update_one(
+      alone, _leaves_of(group, leaves, last), rows_of(state, layout, index, alone), own,
+      known(layout, index, alone))
     states.append(after)
     # Of a leaf that stands alone the update might else be added without being written out.
     kept = [x.arrays[0] for x in jax.tree.leaves(after, is_leaf=_is_stacks) if _is_stacks(x)]
     last = new.arrays if group.stacked or not kept else kept
-    likes = [leaves[i] for i in group.places]
-    for place, x in zip(group.places, _stacks.unstack(new, likes)):
+    for place, x in zip(group.places, rows):
       results[place] = x
   return results, _joined(state, layout, states)
+
+
+def update_tree(
+  part: Part, layout: Layout, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+  """`part.update` where each leaf is a group of `layout`, for a state of trees like the updates."""
+  leaves, structure = _leaves.flat(updates)
+
+  def like_updates(x: Any) -> bool:
+    return _leaves.flat(x)[1] == structure
+
+  trees, above = _leaves.flat(state, like_updates)
+  rows = [_leaves.flat(x)[0] if like_updates(x) else None for x in trees]
+  old = [x if r is None else _stacks.stack(layout, r) for x, r in zip(trees, rows)]
+  found, new = update(part, layout, leaves, above.unflatten(old),
+                      None if params is None else structure.flatten_up_to(params), extra_args)
+  after = [x if r is None else structure.unflatten(_stacks.unstack(x, r))
+           for x, r in zip(above.flatten_up_to(new), rows)]
+  return structure.unflatten(found), above.unflatten(after)
+
+
+def _as_a_call(part: Part, extra_args: dict[str, Any]) -> Callable[..., Any]:
+  """The update of one group: its updates, stacked and as leaves, and its state.
+
+  It is traced once for groups that are alike, and stays a call in the program: XLA puts kernels of
+  one function in order in a time that grows with the square of their number.
+  """
+  def update_one(alone, leaves, state, params, known):
+    [group] = alone.groups
+
+    def stacked(updates):
+      first = _numerics.after(updates.arrays, params[0]) if group.stacked else params[0]
+      return _stacks.stack(alone, [first, *params[1:]])
+
+    new, state = part.update(
+      _stacks.stack(alone, leaves), state, None if params is None else _parts.Deferred(stacked),
+      **extra_args, **{_parts.SURVEYED: known})
+    return new, _stacks.unstack(new, leaves), state
+
+  return _numerics.noinline(update_one, static_argnums=0)
 
 
 def _alone(group: Group) -> Layout:
@@ -135,13 +174,18 @@ def _alone(group: Group) -> Layout:
   return Layout((own,), len(group.places))
 
 
-def _taken(alone: Layout, group: Group, leaves: Sequence[Any] | None, last: list[Any]) -> Any:
-  """The stack of a group, made after `last`."""
-  if leaves is None:
-    return None
-  rows = [leaves[i] for i in group.places]
-  rows[0] = _numerics.after(last, rows[0])
-  return _stacks.stack(alone, rows)
+def _each_alone(layout: Layout) -> Iterator[Layout]:
+  """Each group as a tree of its own; those that are alike share one, where kinds were told."""
+  first: dict[Any, Layout] = {}
+  for group in layout.groups:
+    alone, like = _alone(group), (len(group.places), group.shape, group.kind)
+    yield alone if group.kind is None else first.setdefault(like, alone)
+
+
+def _leaves_of(group: Group, leaves: Sequence[Any], last: Sequence[Any]) -> list[Any]:
+  """The leaves of a group, the first of them made after `last`."""
+  first, *rest = [leaves[i] for i in group.places]
+  return [_numerics.after(last, first), *rest]
 
 
 def rows_of(tree: Any, layout: Layout, index: int, alone: Layout) -> Any:

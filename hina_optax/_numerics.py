@@ -155,7 +155,13 @@ def noinline(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
   XLA's CPU backend fuses nothing across it, and generates code once for calls of equal shapes.
   """
-  jitted = jax.jit(function, **options)
+  @functools.wraps(function)
+  def inside(*args: Any, **kwargs: Any) -> Any:
+    # What is jitted in there, as much of jax.numpy is, should be inlined.
+    with set_xla_metadata(inlineable=None):
+      return function(*args, **kwargs)
+
+  jitted = jax.jit(inside, **options)
 
   @functools.wraps(function)
   def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """What the parts of this library are: transformations of stacked leaves as of any tree."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -21,19 +22,56 @@ def looks_at_no_other_leaf(params: Any, state: Any) -> Callable[..., Any]:
   return lambda *group: None
 
 
+class Deferred:
+  """Parameters that are stacked when a part first reads them, for not to be in memory before."""
+
+  def __init__(self, make: Callable[[Any], Any]):
+    """`make(updates)` stacks them after the updates are there."""
+    self._make, self._made = make, None
+
+  def after(self, updates: Any) -> Any:
+    """The parameters, for a part that is given these updates."""
+    if self._made is None:
+      self._made = self._make(updates)
+    return self._made
+
+
+def read(params: Any, updates: Any) -> Any:
+  """`params`, deferred or not."""
+  return params.after(updates) if isinstance(params, Deferred) else params
+
+
 class Part(optax.GradientTransformationExtraArgs):
   """A transformation that takes `Stacks` as it takes any tree of parameters, and any sharding.
 
-  `survey` is for updating one group after the other; `None` where that cannot be.
+  `survey` is for updating one group after the other; `None` where that cannot be. `params` says
+  what `update` does with them: only what hands them on is given `Deferred` ones.
   """
 
   survey: Survey | None
 
   def __new__(cls, init: Callable[..., Any], update: Callable[..., Any],
-              survey: Survey | None = looks_at_no_other_leaf) -> "Part":
-    made = super().__new__(cls, init, _shardings.automatic(update))
+              survey: Survey | None = looks_at_no_other_leaf,
+              params: Literal["reads", "ignores", "hands on"] = "reads") -> "Part":
+    made = super().__new__(cls, init, _deferring(update, params))
     made.survey = survey
     return made
+
+
+def _deferring(update: Callable[..., Any], use: str) -> Callable[..., Any]:
+  """`update` for any sharding, and for parameters that may be `Deferred`."""
+  plain = _shardings.automatic(update)
+
+  @functools.wraps(update)
+  def decorated(updates, state, params=None, **extra_args):
+    if not isinstance(params, Deferred):
+      return plain(updates, state, params, **extra_args)
+    if use == "hands on":
+      return update(updates, state, params, **extra_args)
+    own = params.after(updates) if use == "reads" else None
+    return plain(updates, state, own, **extra_args)
+
+  return decorated
 
 
 def inner_survey(inner: Part) -> Survey | None:
@@ -51,8 +89,10 @@ def chain(*parts: optax.GradientTransformationExtraArgs) -> Part:
     known = extra_args.pop(SURVEYED, None) or [None] * len(parts)
     new_states = []
     for part, own, seen in zip(parts, state, known):
-      more = extra_args | ({SURVEYED: seen} if isinstance(part, Part) else {})
-      updates, new = part.update(updates, own, params, **more)
+      if isinstance(part, Part):
+        updates, new = part.update(updates, own, params, **extra_args, **{SURVEYED: seen})
+      else:
+        updates, new = part.update(updates, own, read(params, updates), **extra_args)
       new_states.append(new)
     return updates, tuple(new_states)
 
@@ -60,4 +100,4 @@ def chain(*parts: optax.GradientTransformationExtraArgs) -> Part:
     found = [one(params, own) for one, own in zip(surveys, state)]
     return lambda *group: tuple(known(*group) for known in found)
 
-  return Part(optax.chain(*parts).init, update, None if None in surveys else survey)
+  return Part(optax.chain(*parts).init, update, None if None in surveys else survey, "hands on")

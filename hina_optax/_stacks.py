@@ -12,9 +12,10 @@ from jax import lax
 from hina_optax import _borders, _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
-# Elements of a stack, 16 MB in fp32: enough to keep a GPU busy, and on a CPU what a step writes in
-# between nearly fits into the cache. Of larger leaves a stack holds a few, to have fewer arrays.
-LARGEST = 1 << 22
+# Elements of a stack. On a CPU a step writes some four arrays of its size in between: 32 MB hold
+# them, beyond which glibc takes fresh pages from the system at each step. Of larger leaves a stack
+# holds a few, to have fewer arrays.
+LARGEST = 1_800_000
 _FEW_LARGE = 8
 
 
@@ -113,14 +114,29 @@ def layout_of(
       found.setdefault(key, []).append(i)
   if all(len(members) == 1 for members in found.values()):
     return None
+  alone = [place.path in apart for place in places]
+  sizes = [int(np.size(x)) for x in leaves]
+  return _laid_out(places, leaves, told, _divided(found.values(), alone, sizes))
+
+
+def each_alone(tree: Any, kinds: Kinds | None = None) -> Layout:
+  """Each leaf of `tree` as a group."""
+  places, leaves, _ = _leaves.flatten(tree)
+  told = [None] * len(leaves) if kinds is None else kinds(tree)
+  return _laid_out(places, leaves, told,
+                   ([i] for i, x in enumerate(leaves) if not _leaves.is_absent(x)))
+
+
+def _laid_out(
+  places: list[_leaves.Leaf], leaves: list[Any], told: list[Any], members: Iterable[list[int]]
+) -> Layout:
+  """The layout of which each group has these members."""
   groups: list[Group] = []
   taken: set[str] = set()
-  alone = [place.path in apart for place in places]
-  for members in _divided(found.values(), alone, [int(np.size(x)) for x in leaves]):
-    paths = tuple(places[i].path for i in members)
-    name = _unique(_name(paths, leaves[members[0]].shape), taken)
-    groups.append(Group(name, paths, tuple(members), tuple(leaves[members[0]].shape),
-                        told[members[0]]))
+  for own in members:
+    paths, shape = tuple(places[i].path for i in own), tuple(leaves[own[0]].shape)
+    groups.append(Group(_unique(_name(paths, shape), taken), paths, tuple(own), shape,
+                        told[own[0]]))
   absent = tuple((i, places[i].path) for i, leaf in enumerate(leaves) if _leaves.is_absent(leaf))
   return Layout(tuple(sorted(groups, key=lambda g: g.name)), len(leaves), absent)
 
@@ -136,6 +152,9 @@ def _divided(
       # Leaves of a group have one size.
       count, size = len(together), sizes[together[0]]
       parts = max(1, min(-(-count * size // LARGEST), count // _FEW_LARGE))
+      # Rather half as many again of one size, which share their code.
+      equal = [n for n in range(parts, parts + parts // 2 + 1) if count % n == 0]
+      parts = equal[0] if equal else parts
       for part in range(parts):
         yield together[part * count // parts:(part + 1) * count // parts]
 

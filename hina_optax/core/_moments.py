@@ -163,7 +163,7 @@ def scale_by_hina(
     mu, nu = visited.trees
     return visited.updates, ScaleByHinaState(count, mu, nu, new_torque)
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _adam_direction(

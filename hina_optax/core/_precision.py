@@ -26,12 +26,13 @@ def in_bounds(inner: _parts.Part) -> _parts.Part:
       results, state = inner.update(jax.tree.map(_bounded, updates), state, params, **extra_args)
     leaves, structure = _leaves.flat(updates)
     found = structure.flatten_up_to(results)
+    params = _parts.read(params, results)
     likes = found if params is None else structure.flatten_up_to(params)
     new = [x if _leaves.is_absent(x) else _rejoined(u, x, like)
            for x, u, like in zip(leaves, found, likes)]
     return structure.unflatten(new), state
 
-  return _parts.Part(init, update, inner.survey)
+  return _parts.Part(init, update, inner.survey, "hands on")
 
 
 def _bounded(x: Any) -> jax.Array:

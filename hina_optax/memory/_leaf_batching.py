@@ -30,8 +30,8 @@ def with_leaf_batching(
   own structure: where it held a tree like the parameters it holds one dict of arrays. Keys are the
   path of a leaf that stands alone, or what the paths of a stack share and its shape, such as
   `"down/*/lora_a[640x16]"`; regular expressions on paths find both. Parts of this library keep one
-  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. Leaves of more than 4 million elements
-  together become several stacks, each of at most as many elements or of a few leaves. A tree in
+  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. Leaves of more than 1.8 million
+  elements together become several stacks, each of at most as many or of a few leaves. A tree in
   which no two leaves are alike is handed on as it is.
 
   It costs a copy of the stacked parameters and gradients into stacks and of the updates out of
@@ -118,10 +118,13 @@ def batched(
     return _stacks.as_dicts(part.init(_stacks.stack(layout, leaves)))
 
   def update(updates, state, params=None, **extra_args):
-    layout = layout_for(updates if params is None else params, state)
+    tree = updates if params is None else params
+    layout, (leaves, structure) = layout_for(tree, state), _leaves.flat(updates)
     if layout is None:
+      layout = _stacks.without(_stacks.each_alone(tree, kinds), leaves)
+      if _in_turn.pays(part, layout, leaves):
+        return _in_turn.update_tree(part, layout, updates, state, params, extra_args)
       return part.update(updates, state, params, **extra_args)
-    leaves, structure = _leaves.flat(updates)
     old, param_leaves = _stacks.as_stacks(layout, state), None
     if params is not None:
       param_leaves = structure.flatten_up_to(params)

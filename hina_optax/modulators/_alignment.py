@@ -112,7 +112,7 @@ def cautious(
     )
     return visited.updates, CautiousState(inner_state, *visited.scalars)
 
-  return _parts.Part(init, update, _parts.inner_survey(inner))
+  return _parts.Part(init, update, _parts.inner_survey(inner), "hands on")
 
 
 def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -161,7 +161,7 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     visited = _visits.visit(turn, directions, read=(updates,))
     return visited.updates, GramsState(inner_state)
 
-  return _parts.Part(init, update, _parts.inner_survey(inner))
+  return _parts.Part(init, update, _parts.inner_survey(inner), "hands on")
 
 
 def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:

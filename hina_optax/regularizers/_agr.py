@@ -65,7 +65,7 @@ def adaptive_gradient_regularization(
     del params, extra_args
     return _visits.visit(shrink, updates).updates, state
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _coefficient(g: jax.Array, form: str) -> jax.Array:

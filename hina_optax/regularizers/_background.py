@@ -136,7 +136,7 @@ def attenuate_background(
     )
     return visited.updates, AttenuateBackgroundState(count, *visited.trees, *visited.scalars)
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _is_quiet(a: jax.Array, mode: str, grid: _stencils.Grid, border: str) -> jax.Array:

@@ -109,7 +109,7 @@ def preserve_detail(
     visited = _visits.visit(damp, updates, trees=(state.local_variance,))
     return visited.updates, PreserveDetailState(count, *visited.trees)
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _relative_variance(field: _stencils.Field) -> jax.Array:

@@ -101,7 +101,7 @@ def suppress_edges(
     visited = _visits.visit(damp, updates, scalars=(state.edge_share,))
     return visited.updates, SuppressEdgesState(*visited.scalars)
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _edges(field: _stencils.Field, border: str, relative: bool) -> tuple[jax.Array, jax.Array]:

@@ -82,7 +82,7 @@ def suppress_high_frequency(
     del params, extra_args
     return _visits.visit(smooth, updates).updates, state
 
-  return _parts.Part(init, update)
+  return _parts.Part(init, update, params="ignores")
 
 
 def _high_frequency(leaf: _stencils.Field, subtract: str) -> jax.Array:
