@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hina_optax import _leaves, _numerics, _parts, _shardings, _stacks
+from hina_optax import _leaves, _numerics, _parts, _sealed, _shardings, _stacks
 from hina_optax._parts import Part
 from hina_optax._stacks import Group, Layout, Stacks
 
@@ -109,6 +109,7 @@ def update(
 ) -> tuple[list[Any], Any]:
   """`part.update` of leaves that stand as in the user's tree, for a stacked state."""
   assert part.survey is not None
+  sealed, state = state, _with_vectors_open(state)
   results, states = list(leaves), []
   # The first waits for what looks at all leaves, which else would be in memory beside it.
   last: list[Any] = []
@@ -121,11 +122,27 @@ def update(
       known(layout, index, alone))
     states.append(after)
     # Of a leaf that stands alone the update might else be added without being written out.
-    kept = [x.arrays[0] for x in jax.tree.leaves(after, is_leaf=_is_stacks) if _is_stacks(x)]
+    kept = [x for s in jax.tree.leaves(after, is_leaf=_is_stacks) if _is_stacks(s)
+            for x in jax.tree.leaves(s)]
     last = new.arrays if group.stacked or not kept else kept
     for place, x in zip(group.places, rows):
       results[place] = x
-  return results, _joined(state, layout, states)
+  return results, _with_vectors_sealed(sealed, _joined(state, layout, states))
+
+
+def _with_vectors_open(state: Any) -> Any:
+  """`state` with nothing sealed but stacks, which each group opens for itself."""
+  return jax.tree.map(lambda x: x if _is_stacks(x) else _sealed.opened(x), state,
+                      is_leaf=_is_stacks_or_sealed)
+
+
+def _with_vectors_sealed(before: Any, after: Any) -> Any:
+  return jax.tree.map(lambda x, new: new if _is_stacks(x) else _sealed.sealed_as(x, new),
+                      before, after, is_leaf=_is_stacks_or_sealed)
+
+
+def _is_stacks_or_sealed(x: Any) -> bool:
+  return _is_stacks(x) or _sealed.is_sealed(x)
 
 
 def update_tree(
@@ -134,11 +151,14 @@ def update_tree(
   """`part.update` where each leaf is a group of `layout`, for a state of trees like the updates."""
   leaves, structure = _leaves.flat(updates)
 
+  def flat(x: Any) -> tuple[list[Any], Any]:
+    return _leaves.flat(x, lambda x: _leaves.is_absent(x) or _sealed.is_sealed(x))
+
   def like_updates(x: Any) -> bool:
-    return _leaves.flat(x)[1] == structure
+    return flat(x)[1] == structure
 
   trees, above = _leaves.flat(state, like_updates)
-  rows = [_leaves.flat(x)[0] if like_updates(x) else None for x in trees]
+  rows = [flat(x)[0] if like_updates(x) else None for x in trees]
   old = [x if r is None else _stacks.stack(layout, r) for x, r in zip(trees, rows)]
   found, new = update(part, layout, leaves, above.unflatten(old),
                       None if params is None else structure.flatten_up_to(params), extra_args)
@@ -160,10 +180,10 @@ def _as_a_call(part: Part, extra_args: dict[str, Any]) -> Callable[..., Any]:
       first = _numerics.after(updates.arrays, params[0]) if group.stacked else params[0]
       return _stacks.stack(alone, [first, *params[1:]])
 
-    new, state = part.update(
-      _stacks.stack(alone, leaves), state, None if params is None else _parts.Deferred(stacked),
-      **extra_args, **{_parts.SURVEYED: known})
-    return new, _stacks.unstack(new, leaves), state
+    own = None if params is None else _parts.Deferred(stacked)
+    new, after = part.update(_stacks.stack(alone, leaves), _sealed.opened(state), own,
+                             **extra_args, **{_parts.SURVEYED: known})
+    return new, _stacks.unstack(new, leaves), _sealed.sealed_as(state, after)
 
   return _numerics.noinline(update_one, static_argnums=0)
 

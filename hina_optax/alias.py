@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import _chain, _layouts, _leaves, _memory_options, _out_of_memory, memory
+from hina_optax import _chain, _layouts, _leaves, _memory_options, _out_of_memory, _sealed, memory
 from hina_optax.options import HinaOptions, explain_unknown_options
 
 
@@ -20,11 +20,13 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
     decide: `decide(params, state=None)` gives the `MemoryPlan` for these shapes, and the
       transformation with and without it; `plan_memory` and `optimize_for_vram` ask it.
     rebatched: `rebatched(max_elements)` is the same with another limit for stacked leaves.
+    opens: whether a wrapper that stores its state in fewer bits may leave it to open that.
   """
 
   options: HinaOptions
   decide: Callable[..., memory.Decision]
   rebatched: Callable[[int], "HinaTransformation"]
+  opens: bool
 
 
 @explain_unknown_options
@@ -215,6 +217,7 @@ def build(o: HinaOptions) -> HinaTransformation:
   init = _out_of_memory.explained(chosen.init, o, plan)
   transformation = HinaTransformation(init, chosen.update)
   transformation.options, transformation.decide = o, decide
+  transformation.opens = _sealed.opens(chosen)
   transformation.rebatched = lambda limit: build(
     dataclasses.replace(o, leaf_batching=True, max_batched_elements=limit))
   return transformation

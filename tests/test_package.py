@@ -25,7 +25,7 @@ REPORTS = {
 }
 # Lower may not import higher.
 LAYERS = [
-  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "checkpoint_shapes"},
+  {"_numerics", "_checks", "_rounding", "_stencils", "_shardings", "_sealed", "checkpoint_shapes"},
   {"_leaves", "_borders"},
   {"_stacks", "_parts"},
   {"_layouts", "_abstract", "_in_turn"},

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import _checks, _in_turn, _layouts, _leaves, _parts, _rows, _stacks
+from hina_optax import _checks, _in_turn, _layouts, _leaves, _parts, _rows, _sealed, _stacks
 from hina_optax.memory import _storage
 
 # 4 MB in fp32: LoRA factors of any usual rank, but not the weights of a large model.
@@ -124,7 +124,8 @@ def batched(
       layout = _stacks.without(_stacks.each_alone(tree, kinds), leaves)
       if _in_turn.pays(part, layout, leaves):
         return _in_turn.update_tree(part, layout, updates, state, params, extra_args)
-      return part.update(updates, state, params, **extra_args)
+      result, new = part.update(updates, _sealed.opened(state), params, **extra_args)
+      return result, _sealed.sealed_as(state, new)
     old, param_leaves = _stacks.as_stacks(layout, state), None
     if params is not None:
       param_leaves = structure.flatten_up_to(params)
@@ -134,8 +135,9 @@ def batched(
       return structure.unflatten(found), _stacks.as_dicts(new)
     if param_leaves is not None:
       params = _stacks.stack(layout, param_leaves)
-    result, new = part.update(_stacks.stack(layout, leaves), old, params, **extra_args)
-    new = _stacks.with_old_rows(layout, new, old)
+    wide = _sealed.opened(old)
+    result, new = part.update(_stacks.stack(layout, leaves), wide, params, **extra_args)
+    new = _sealed.sealed_as(old, _stacks.with_old_rows(layout, new, wide))
     return structure.unflatten(_stacks.unstack(result, leaves)), _stacks.as_dicts(new)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _sealed.Opening(init, update)

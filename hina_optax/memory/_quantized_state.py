@@ -70,6 +70,9 @@ def with_quantized_state(
   fall evenly on the devices, a leaf stays in place whichever of its axes are sharded, and only
   magnitudes of blocks are exchanged; otherwise (rows of odd lengths) XLA gathers it in every step.
 
+  Put it directly around `hina_adaptive` or `with_leaf_batching`, chains outside: there a CPU has
+  the state of one stack in fp32 at a time, around a chain all of it.
+
   Around `with_state_dtype` it reads each number back into the narrower dtype at random, so averages
   stay right; what is in 8 bits already stays as it is.
 

@@ -55,6 +55,9 @@ def with_state_dtype(
   they are, the 8 bit form of `with_quantized_state` among them, so the two nest in any order.
   `with_host_offload` must stand outside.
 
+  Put it directly around `hina_adaptive` or `with_leaf_batching`, chains outside: there a CPU has
+  the state of one stack in fp32 at a time, around a chain all of it.
+
   State that gathers small steps into a precise value, such as the `z` of
   `optax.contrib.schedule_free`, is no average: leave it out by `include`. A function as `include`
   is taken for a schedule by `optax.inject_hyperparams`: write a regular expression there.

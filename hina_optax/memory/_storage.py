@@ -1,5 +1,6 @@
 """What the storage wrappers share: the choice of leaves, and one frame around the inner."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _checks, _layouts, _leaves, _rounding
+from hina_optax import _checks, _layouts, _leaves, _rounding, _sealed
 
 # Added to a wrapper's purpose: the noise with which state is read is not that of writing it.
 _READING = 16
@@ -48,6 +49,17 @@ class Codec(NamedTuple):
   fits: Callable[[Any, Any], bool]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+  """Of one codec, for leaves of one shape and dtype."""
+
+  codec: Codec
+  like: Any
+
+  def __call__(self, stored: Any, key: _rounding.Key) -> jax.Array:
+    return self.codec.decode(stored, self.like, key)
+
+
 def stored_transformation(
   inner: Any, codec: Codec, make_state: Callable[..., Any], seed: Any, purpose: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,12 +84,15 @@ def stored_transformation(
       like = jax.eval_shape(lambda tree: inner.init(tree), wide if params is None else wide_params)
     paths, likes, structure = paths_and_leaves(like, is_quantized)
     kept = _flatten_like(structure, restored(state.inner_state))
-    key = _rounding.key(state.seed, state.step, purpose + _READING)
-    opened = _decode(codec, paths, likes, kept, key)
-    result, inner_state = inner.update(wide, structure.unflatten(opened), wide_params, **extra_args)
     step = jnp.asarray(optax.safe_increment(state.step))
-    key = _rounding.key(state.seed, step, purpose)
-    kept = _encode(codec, paths, likes, structure.flatten_up_to(inner_state), key)
+    keys = (_rounding.key(state.seed, state.step, purpose + _READING),
+            _rounding.key(state.seed, step, purpose))
+    given = structure.unflatten(_seal(codec, paths, likes, kept, keys))
+    opens = _sealed.opens(inner)
+    result, new = inner.update(
+      wide, given if opens else _sealed.opened(given), wide_params, **extra_args)
+    leaves = structure.flatten_up_to(new if opens else _sealed.sealed_as(given, new))
+    kept = [x.stored if _sealed.is_sealed(x) else x for x in leaves]
     return cast_like(result, updates), make_state(structure.unflatten(kept), step, state.seed)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -183,8 +198,9 @@ def _encode(codec: Codec, paths: list, likes: list, leaves: list, key: _rounding
   return kept
 
 
-def _decode(codec: Codec, paths: list, likes: list, kept: list, key: _rounding.Key) -> list:
-  leaves = []
+def _seal(codec: Codec, paths: list, likes: list, kept: list, keys: Any) -> list:
+  """What is kept, of each leaf with the keys with which it is read and written."""
+  leaves: list[Any] = []
   for index, (path, like, stored) in enumerate(zip(paths, likes, kept)):
     chosen = codec.chosen(path, like)
     if not (codec.fits if chosen else _same_form)(stored, like):
@@ -194,9 +210,13 @@ def _decode(codec: Codec, paths: list, likes: list, kept: list, key: _rounding.K
         f"{wanted}: the state was made with other options or for other parameters. Use the options "
         "it was made with, or start again from init."
       )
-    if chosen:
-      _refuse_host(path, stored)
-    leaves.append(codec.decode(stored, like, key.fold(index)) if chosen else stored)
+    if not chosen:
+      leaves.append(stored)
+      continue
+    _refuse_host(path, stored)
+    decode = _Decode(codec, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    reading, writing = (key.fold(index) for key in keys)
+    leaves.append(_sealed.Sealed(stored, reading, writing, decode, codec.encode))
   return leaves
 
 
