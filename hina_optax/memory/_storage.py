@@ -74,7 +74,7 @@ def stored_transformation(
     step, word = jnp.zeros([], jnp.int32), _rounding.seed_word(seed)
     paths, leaves, structure = paths_and_leaves(inner.init(widen(params)), is_quantized)
     key = _rounding.key(word, step, purpose)
-    kept = _encode(codec, paths, leaves, leaves, key)
+    kept = _encode(codec, paths, leaves, key)
     return make_state(structure.unflatten(kept), step, word)
 
   def update(updates, state, params=None, **extra_args):
@@ -187,10 +187,10 @@ def cast_like(tree: Any, like: Any) -> Any:
   return jax.tree.map(cast, tree, like, is_leaf=_leaves.is_absent)
 
 
-def _encode(codec: Codec, paths: list, likes: list, leaves: list, key: _rounding.Key) -> list:
+def _encode(codec: Codec, paths: list, leaves: list, key: _rounding.Key) -> list:
   kept = []
-  for index, (path, like, leaf) in enumerate(zip(paths, likes, leaves)):
-    if not codec.chosen(path, like):
+  for index, (path, leaf) in enumerate(zip(paths, leaves)):
+    if not codec.chosen(path, leaf):
       kept.append(leaf)
       continue
     _refuse_host(path, leaf)
