@@ -51,14 +51,10 @@ class Later(NamedTuple):
         _numerics.compute_dtype(*(self.leaves[i].dtype for i in group.places)))
       for group in self.layout.groups])
 
-  def one_by_one(self, function: Callable[[int, Stacks], Any]) -> list[Any]:
-    """What a function gives of each stack, by index and alone, one after the other."""
-    found: list[Any] = []
-    for index, group in enumerate(self.layout.groups):
-      leaves = _leaves_of(group, self.leaves, jax.tree.leaves(found[-1:]))
-      found.append(function(index, _stacks.stack(_alone(group), leaves)))
-    self.looks.extend(jax.tree.leaves(found))
-    return found
+  def members(self, index: int, rows: Sequence[int]) -> list[Any]:
+    """The leaves that are some rows of a stack, as they are."""
+    places = self.layout.groups[index].places
+    return [self.leaves[places[row]] for row in rows]
 
   def look(self, when: jax.Array, function: Callable[..., Any]) -> Callable[[], Any]:
     """What `function(stacks, places)` finds of all stacks; each looked at only where `when`.

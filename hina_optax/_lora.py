@@ -1,10 +1,12 @@
 """LoRA pairs in a parameter tree: found by name, brought to one shape, matched by rank."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hina_optax import _leaves, _visits
 
@@ -140,6 +142,15 @@ def to_matrix(x: jax.Array, layout: Layout) -> jax.Array:
     layers *= size
   rank = x.shape[_axis(layout)]
   return front.reshape(layers, rank, x.size // max(layers * rank, 1))
+
+
+def gram(x: jax.Array, layout: Layout) -> jax.Array:
+  """`x x^T` of a factor as `(layers, rank, rank)`, in full precision; XLA copies nothing for it."""
+  layers, kept = tuple(range(layout.batch_axes)), _axis(layout)
+  summed = tuple(axis for axis in range(x.ndim) if axis not in (*layers, kept))
+  product = lax.dot_general(x, x, ((summed, summed), (layers, layers)),
+                            precision=lax.Precision.HIGHEST)
+  return product.reshape(math.prod(x.shape[:layout.batch_axes]), *product.shape[-2:])
 
 
 def from_matrix(matrix: jax.Array, layout: Layout, like: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 Array = jax.Array
 Scalar = float | int | jax.Array
 
+# Of the axis that counts the leaves of a stack.
+LEAVES = "leaves of a stack of hina_optax"
 # In fp32 this number plus one is itself again.
 _LARGEST_FP32_COUNT = 1 << 24
 _SQUARES = 1e-30, 1e36
@@ -89,10 +91,39 @@ def norm(x: Array) -> Array:
 
 
 def wide_norm(x: Array) -> Array:
-  """`norm`, also where fp32 cannot hold the squares; reads the leaf twice."""
+  """`norm`, also where fp32 cannot hold the squares; reads the leaf twice there."""
+  squares = inner_product(x, x)
+  least, most = (jnp.asarray(bound, x.dtype) for bound in _SQUARES)
+  fits = (least < squares) & (squares < most)
+  return usually(fits, jnp.sqrt(squares), _scaled_norm, x)
+
+
+def _scaled_norm(x: Array) -> Array:
   largest = jnp.max(jnp.abs(x), initial=0)
   # Not times the reciprocal of a constant: XLA would take the squares first.
   return largest * norm(x / jnp.where(largest > 0, largest, jnp.ones_like(largest)))
+
+
+def usually(fits: Array, short: Array, long: Callable[..., Array], *operands: Array) -> Array:
+  """`short` where it `fits`, else `long(*operands)`: for CPUs a branch that is seldom taken.
+
+  A stack takes it if one of its leaves must. Elsewhere a branch would cost more than `long`.
+  """
+  def branch(fits: Array, short: Array, *operands: Array) -> Array:
+    return lax.cond(_all_leaves(fits), lambda short, *_: short, lambda _, *xs: long(*xs),
+                    short, *operands)
+
+  found = lax.platform_dependent(
+    fits, short, *operands, cpu=branch, default=lambda fits, short, *xs: long(*xs))
+  return jnp.where(fits, short, found)
+
+
+def _all_leaves(fits: Array) -> Array:
+  """Whether that is so of all leaves of a stack that is visited."""
+  try:
+    return lax.pmin(fits.astype(jnp.int32), LEAVES) > 0
+  except NameError:
+    return fits
 
 
 def safe_divide(numerator: Array, denominator: Array, default: float = 0.0) -> Array:

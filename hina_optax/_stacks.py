@@ -12,10 +12,10 @@ from jax import lax
 from hina_optax import _borders, _leaves, _numerics
 
 Kinds = Callable[[Any], list[Any]]
-# Elements of a stack. On a CPU a step writes some four arrays of its size in between: 32 MB hold
-# them, beyond which glibc takes fresh pages from the system at each step. Of larger leaves a stack
-# holds a few, to have fewer arrays.
-LARGEST = 1_800_000
+# Elements of a stack. On a CPU a step writes some four arrays of its size in between: 20 MB, most
+# of which caches hold. Beyond 32 MB glibc takes fresh pages from the system at each step. Of larger
+# leaves a stack holds a few, to have fewer arrays.
+LARGEST = 1_200_000
 _FEW_LARGE = 8
 
 

@@ -100,7 +100,8 @@ def values(tree: Any) -> list[Any]:
 
 def for_each(node: Group, function: Callable[..., Any], *arrays: Any) -> Any:
   """`function` of each leaf of a node: one call, or one for all rows."""
-  return jax.vmap(function)(*arrays) if node.stacked else function(*arrays)
+  return (jax.vmap(function, axis_name=_numerics.LEAVES)(*arrays) if node.stacked
+          else function(*arrays))
 
 
 class Visited(NamedTuple):

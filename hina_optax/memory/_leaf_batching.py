@@ -30,7 +30,7 @@ def with_leaf_batching(
   own structure: where it held a tree like the parameters it holds one dict of arrays. Keys are the
   path of a leaf that stands alone, or what the paths of a stack share and its shape, such as
   `"down/*/lora_a[640x16]"`; regular expressions on paths find both. Parts of this library keep one
-  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. Leaves of more than 1.8 million
+  row a leaf, flat (`(n, 10240)`), others `(n, 640, 16)`. Leaves of more than 1.2 million
   elements together become several stacks, each of at most as many or of a few leaves. A tree in
   which no two leaves are alike is handed on as it is.
 

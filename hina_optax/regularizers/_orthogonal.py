@@ -12,6 +12,8 @@ _TINY = 1e-30
 # Norms of gradients of which fp32 holds the squares of all elements that count.
 _LEAST, _MOST = 1e-15, 1e18
 _NOISE = 1e-6
+# Share of the square of a norm that a difference of squares keeps to within rounding.
+_MUCH = 0.25
 
 
 class OrthogonalizeToParamsState(NamedTuple):
@@ -73,11 +75,20 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
 
 
 def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:
-  along = _numerics.safe_divide(
-    _numerics.inner_product(w, g), _numerics.inner_product(w, w) + _TINY
-  )
-  rest = g - along * w
-  size, left = _numerics.norm(g), _numerics.norm(rest)
+  product, square = _numerics.inner_product(w, g), _numerics.inner_product(w, w)
+  along = _numerics.safe_divide(product, square + _TINY)
+  size, left = _numerics.norm(g), jnp.sqrt(_left(g, w, along, product))
   scale = jnp.where(left > _NOISE * size, _numerics.safe_divide(size, left + _TINY), 0)
-  usable = (size > _LEAST) & (size < _MOST) & (_numerics.norm(w) > _TINY)
-  return jnp.where(usable, rest * scale, g)
+  usable = (size > _LEAST) & (size < _MOST) & (jnp.sqrt(square) > _TINY)
+  return jnp.where(usable, (g - along * w) * scale, g)
+
+
+def _left(g: jax.Array, w: jax.Array, along: jax.Array, product: jax.Array) -> jax.Array:
+  """Square of the norm of `g - along * w`: a difference, unless that would lose digits."""
+  def summed(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
+    rest = g - along * w
+    return _numerics.inner_product(rest, rest)
+
+  square = _numerics.inner_product(g, g)
+  found = square - along * product
+  return _numerics.usually(found > _MUCH * square, found, summed, g, w, along)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _checks, _leaves, _lora, _numerics, _parts, _visits
+from hina_optax import _borders, _checks, _leaves, _lora, _numerics, _parts, _visits
 from hina_optax._numerics import Scalar
 from hina_optax._stacks import Group
 from hina_optax.regularizers import _spectra
@@ -94,8 +94,8 @@ def add_rank_penalty(
   pattern = _lora.compile_pattern(lora_pattern)
 
   measured = functools.partial(_measured, pattern=pattern, measure=measure)
-  others = {"nuclear": {"nuclear": _spectra.polar_factor, "ignore": None}[unpaired],
-            "top_eigenvalues": _spectra.energy_gradient}[measure]
+  others = {"nuclear": {"nuclear": _spectra.polar_factors, "ignore": None}[unpaired],
+            "top_eigenvalues": _spectra.energy_gradients}[measure]
 
   def init(params: Any) -> AddRankPenaltyState:
     _leaves.check_floating(params, "params")
@@ -122,8 +122,8 @@ def add_rank_penalty(
   def survey(params, state):
     del state
     factors = measured(params.shapes())
-    grams = params.one_by_one(
-      lambda index, alone: _grams(_visits.nodes(alone)[0], alone.arrays[0], factors[index]))
+    grams = [[_grams_of_leaves(params.members(index, f.rows), f) for f in own]
+             for index, own in enumerate(factors)]
     known = _kernels(factors, grams, emphasis)
     return lambda layout, index, alone: [known[index]]
 
@@ -191,7 +191,7 @@ def _terms(params: Any, found: list[_Term]) -> Any:
 def _each_matrix(
   function: Callable[..., jax.Array] | None, params: Any, known: list[list[_Kernels]]
 ) -> list[_Term]:
-  """What a function gives of matrices that are in no pair."""
+  """What a function of batches gives of matrices that are in no pair."""
   found: list[_Term] = []
   if function is None:
     return found
@@ -199,9 +199,7 @@ def _each_matrix(
     taken = {row for kernels in known[i] for row in kernels.rows}
     rows = tuple(r for r in range(len(node.places)) if r not in taken)
     if rows and not _leaves.is_absent(array) and len(node.shape) == 2 and array.size:
-      leaves = _upcast(_rows_of(node, jnp.asarray(array), rows))
-      value = jax.vmap(function)(leaves) if node.stacked else function(leaves[0])[None]
-      found.append(_Term(i, rows, value))
+      found.append(_Term(i, rows, function(_upcast(_rows_of(node, jnp.asarray(array), rows)))))
   return found
 
 
@@ -264,6 +262,21 @@ def _grams(node: Group, array: Any, factors: list[_Factors]) -> list[Any]:
     _gram(_rows_of(node, jnp.asarray(array), f.rows).astype(f.batch[2]), f.layout)
     if f.batch[3] else None for f in factors
   ]
+
+
+def _grams_of_leaves(leaves: list[jax.Array], factors: _Factors) -> Any:
+  """The same of one node's factors that are not stacked: on a CPU products are as fast alone."""
+  _, _, dtype, filled = factors.batch
+  if not filled:
+    return None
+  found = [_gram_of_leaf(x, dtype=dtype, layout=factors.layout) for x in leaves]
+  return _borders.join(found, dtype).reshape(-1, *found[0].shape)
+
+
+# Jitted to be traced once for leaves that are alike.
+@functools.partial(jax.jit, static_argnames=("dtype", "layout"))
+def _gram_of_leaf(leaf: jax.Array, dtype: Any, layout: _lora.Layout) -> jax.Array:
+  return _lora.gram(leaf.astype(dtype), layout)
 
 
 def _gram(leaves: jax.Array, layout: _lora.Layout) -> jax.Array:

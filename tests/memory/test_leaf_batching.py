@@ -337,8 +337,8 @@ def test_nothing_to_stack_changes_nothing():
 
 
 @pytest.mark.parametrize(("count", "elements", "expected"), [
-  (40, 1 << 14, [40]), (109, 1 << 14, [109]), (110, 1 << 14, [55, 55]), (219, 1 << 14, [73] * 3),
-  (221, 1 << 14, [73, 74, 74]), (1000, 1 << 14, [100] * 10), (7, 1 << 20, [7]),
+  (40, 1 << 14, [40]), (73, 1 << 14, [73]), (74, 1 << 14, [37, 37]), (147, 1 << 14, [49] * 3),
+  (221, 1 << 14, [55, 55, 55, 56]), (1000, 1 << 14, [50] * 20), (7, 1 << 20, [7]),
   (17, 1 << 20, [8, 9]),
 ])
 def test_many_elements_are_several_stacks_of_equal_size_or_nearly(count, elements, expected):
