@@ -137,9 +137,7 @@ def _torch_layout(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[Layout, L
 def to_matrix(x: jax.Array, layout: Layout) -> jax.Array:
   """A factor as `(layers, rank, rest)`."""
   front = jnp.moveaxis(x, _axis(layout), layout.batch_axes)
-  layers = 1
-  for size in x.shape[: layout.batch_axes]:
-    layers *= size
+  layers = math.prod(x.shape[:layout.batch_axes])
   rank = x.shape[_axis(layout)]
   return front.reshape(layers, rank, x.size // max(layers * rank, 1))
 

@@ -77,18 +77,20 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
 def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:
   product, square = _numerics.inner_product(w, g), _numerics.inner_product(w, w)
   along = _numerics.safe_divide(product, square + _TINY)
-  size, left = _numerics.norm(g), jnp.sqrt(_left(g, w, along, product))
+  total = _numerics.inner_product(g, g)
+  size, left = jnp.sqrt(total), jnp.sqrt(_left(g, w, along, product, total))
   scale = jnp.where(left > _NOISE * size, _numerics.safe_divide(size, left + _TINY), 0)
   usable = (size > _LEAST) & (size < _MOST) & (jnp.sqrt(square) > _TINY)
   return jnp.where(usable, (g - along * w) * scale, g)
 
 
-def _left(g: jax.Array, w: jax.Array, along: jax.Array, product: jax.Array) -> jax.Array:
+def _left(
+  g: jax.Array, w: jax.Array, along: jax.Array, product: jax.Array, total: jax.Array
+) -> jax.Array:
   """Square of the norm of `g - along * w`: a difference, unless that would lose digits."""
   def summed(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
     rest = g - along * w
     return _numerics.inner_product(rest, rest)
 
-  square = _numerics.inner_product(g, g)
-  found = square - along * product
-  return _numerics.usually(found > _MUCH * square, found, summed, g, w, along)
+  found = total - along * product
+  return _numerics.usually(found > _MUCH * total, found, summed, g, w, along)

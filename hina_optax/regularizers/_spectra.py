@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hina_optax import _numerics
+from hina_optax import _numerics, _visits
 from hina_optax._numerics import Scalar
 
 # Relative to the largest eigenvalue of a Gram matrix: what fp32 still resolves.
@@ -77,8 +77,7 @@ def _cholesky(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     one = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return lower, lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
 
-  lower, inverse = (
-    jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in _each(factorize, gram))
+  lower, inverse = map(_visits.finite, _each(factorize, gram))
   return lower, inverse
 
 
