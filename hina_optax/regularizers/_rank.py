@@ -234,9 +234,12 @@ def _measured(params: Any, pattern: Any, measure: str) -> list[list[_Factors]]:
 def _factors(pairs: list[_lora.Pair], params: Any) -> list[list[_Factors]]:
   """For each node its factors, those of one layout and batch together."""
   shapes = {place.index: leaf for place, leaf in _visits.members(params)}
+  places = (place for node in _visits.nodes(params) for place in node.places)
+  position = {place: i for i, place in enumerate(places)}
   sizes: dict[Any, int] = defaultdict(int)
   wanted = {}
-  for pair in pairs:
+  # In the order of the nodes, which one side of a batch then has.
+  for pair in sorted(pairs, key=lambda pair: position[pair.down]):
     down, up = shapes[pair.down], shapes[pair.up]
     batch = (pair.rank, math.prod(down.shape[:pair.down_layout.batch_axes]),
              _numerics.compute_dtype(down.dtype, up.dtype), bool(down.size and up.size))
@@ -304,7 +307,8 @@ def _kernels(
 
 
 def _chosen(values: jax.Array, pairs: tuple[int, ...]) -> jax.Array:
-  return values if pairs == tuple(range(len(values))) else values[np.array(pairs)]
+  begin, end = pairs[0], pairs[-1] + 1
+  return values[begin:end] if pairs == tuple(range(begin, end)) else values[np.array(pairs)]
 
 
 def _side(found: list[tuple[_Factors, jax.Array]]) -> jax.Array:

@@ -1,6 +1,5 @@
 """Spectra of small matrices: gradients of nuclear norms, polar factors, largest eigenvalues."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,8 @@ _LEAST_PIVOT = 1e-2
 _FLOOR = 1e-3
 _MUON_STEPS, _CUBIC_STEPS = 6, 3
 _LARGEST = 10
+# Eigenvalue problems in the body of a loop on CPUs. XLA takes fewer one by one, more side by side.
+_AT_ONCE = 10
 
 
 def product(*factors: jax.Array) -> jax.Array:
@@ -91,20 +92,22 @@ def _symmetric_root(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues and eigenvectors of a batch."""
   def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values, vectors = jnp.linalg.eigh(matrices)
+    vectors, values = lax.linalg.eigh(matrices, symmetrize_input=False)
     return values, vectors
 
-  return _each(decompose, matrices)
+  return _each(decompose, (matrices + jnp.swapaxes(matrices, -1, -2)) / 2, _AT_ONCE)
 
 
-def _each(function: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
-  """A function of LAPACK for a batch: on CPUs of one matrix after the other.
+def _each(function: Callable[[jax.Array], Any], matrices: jax.Array, unroll: int = 1) -> Any:
+  """A function of LAPACK for a batch: on CPUs of `unroll` matrices after the other.
 
   Of a batch jaxlib 0.10 keeps one of XLA's threads waiting until the others have done it. As many
   batches at once as there are threads, of factors of several ranks for example, wait for ever.
   """
-  return lax.platform_dependent(
-    matrices, cpu=functools.partial(lax.map, function), default=function)
+  def in_a_loop(matrices: jax.Array) -> Any:
+    return lax.scan(lambda _, x: (None, function(x)), None, matrices, unroll=unroll)[1]
+
+  return lax.platform_dependent(matrices, cpu=in_a_loop, default=function)
 
 
 def _sizes(gram: jax.Array) -> jax.Array:
