@@ -167,7 +167,7 @@ class _Factors(NamedTuple):
 
 def _rows_of(node: Group, array: jax.Array, rows: tuple[int, ...]) -> jax.Array:
   whole = array.reshape(len(node.places), *node.shape)
-  return whole if rows == tuple(range(len(node.places))) else whole[np.array(rows)]
+  return _chosen(whole, rows)
 
 
 def _terms(params: Any, found: list[_Term]) -> Any:
@@ -306,9 +306,10 @@ def _kernels(
   ]
 
 
-def _chosen(values: jax.Array, pairs: tuple[int, ...]) -> jax.Array:
-  begin, end = pairs[0], pairs[-1] + 1
-  return values[begin:end] if pairs == tuple(range(begin, end)) else values[np.array(pairs)]
+def _chosen(values: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+  """Some rows: a slice where they follow each other, which XLA need not gather."""
+  begin, end = rows[0], rows[-1] + 1
+  return values[begin:end] if rows == tuple(range(begin, end)) else values[np.array(rows)]
 
 
 def _side(found: list[tuple[_Factors, jax.Array]]) -> jax.Array:

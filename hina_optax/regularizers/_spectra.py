@@ -95,11 +95,12 @@ def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     vectors, values = lax.linalg.eigh(matrices, symmetrize_input=False)
     return values, vectors
 
+  # Made symmetric here at once, not in the loop for each.
   return _each(decompose, (matrices + jnp.swapaxes(matrices, -1, -2)) / 2, _AT_ONCE)
 
 
 def _each(function: Callable[[jax.Array], Any], matrices: jax.Array, unroll: int = 1) -> Any:
-  """A function of LAPACK for a batch: on CPUs of `unroll` matrices after the other.
+  """A function of LAPACK for a batch: on CPUs in a loop, `unroll` matrices in its body.
 
   Of a batch jaxlib 0.10 keeps one of XLA's threads waiting until the others have done it. As many
   batches at once as there are threads, of factors of several ranks for example, wait for ever.
