@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test test-core slow lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-all]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -17,8 +17,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The oracles see programs as users run them; the others are compiled without optimizations.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore=tests/test_oracles.py
+	HINA_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 tests/test_oracles.py
+
+# The core alone, in an environment without torch and flax.
+test-core:
+	$(PYTHON) -m venv .venv-core
+	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	.venv-core/bin/python -m pytest -n 2
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -34,4 +42,4 @@ bench: $(VENV)/.installed
 		--plot benchmarks/results/growth.png
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output bridge_output distributed_output
+	rm -rf $(VENV) .venv-core build *.egg-info demo_output bridge_output distributed_output

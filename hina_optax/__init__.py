@@ -1,10 +1,10 @@
 """Composable optax transformations for training diffusion models in latent space."""
 
-from hina_optax._abstract import abstract_state
-from hina_optax._leaves import flax_spatial_axes, torch_spatial_axes
 from hina_optax.alias import HinaTransformation, hina_adaptive
-from hina_optax.checkpoints import pack_state, packed_shapes, unpack_state
+from hina_optax.base.paths import flax_spatial_axes, torch_spatial_axes
+from hina_optax.checkpoints import abstract_state, pack_state, packed_shapes, unpack_state
 from hina_optax.core import add_scheduled_weight_decay, scale_by_hina
+from hina_optax.grouped.apply import apply
 from hina_optax.info import get_memory_stats, get_optimization_info
 from hina_optax.memory import (
   MemoryPlan,
@@ -39,7 +39,7 @@ from hina_optax.regularizers import (
   suppress_high_frequency,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
   "HinaOptions",
@@ -49,6 +49,7 @@ __all__ = [
   "adaptive_gradient_regularization",
   "add_rank_penalty",
   "add_scheduled_weight_decay",
+  "apply",
   "attenuate_background",
   "cautious",
   "extreme_memory_preset",

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hina_optax import checkpoint_shapes, memory, options, planning
-from hina_optax.checkpoint_shapes import Shapes
+from hina_optax import memory, options, planning
+from hina_optax.checkpoints import headers
+from hina_optax.checkpoints.headers import Shapes
 
 _PRESETS = {
   "lora": options.lora_preset, "large": options.large_model_preset,
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(given: argparse.Namespace) -> memory.MemoryPlan:
-  shapes, reserve = checkpoint_shapes.read_shapes(given.model), given.reserve_gb
+  shapes, reserve = headers.read_shapes(given.model), given.reserve_gb
   if given.lora_rank is not None:
     reserve += memory.tree_bytes(shapes) / memory.GB
     shapes = lora_factors(shapes, given.lora_rank, given.target)

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import optax
 
-from hina_optax import _checks, _leaves, _lora
+from hina_optax.base import checks, lora, paths
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +75,7 @@ class HinaOptions:
   spd_lambda: float
   unpaired: str
   lora_pattern: str | None
-  spatial_axes: _leaves.SpatialAxes | None
+  spatial_axes: paths.SpatialAxes | None
   sd_scripts_compat: bool
   memory_efficient: bool
   vram_budget_gb: float | None
@@ -91,7 +91,7 @@ class HinaOptions:
     """Checks every option under the name the user gave it."""
     for field in dataclasses.fields(self):
       if field.type in (bool, "bool"):
-        _checks.flag(field.name, getattr(self, field.name))
+        checks.flag(field.name, getattr(self, field.name))
     for check, names in _RANGES:
       for name in names:
         if (value := getattr(self, name)) is not None:
@@ -104,32 +104,32 @@ class HinaOptions:
     if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
       raise ValueError(f"betas must be a pair (b1, b2), got {self.betas!r}.")
     for i, beta in enumerate(self.betas):
-      _checks.decay(f"betas[{i}]", beta)
+      checks.decay(f"betas[{i}]", beta)
 
   def _check_choices(self) -> None:
     if not callable(self.learning_rate):
-      _checks.number("learning_rate", self.learning_rate)
-    _checks.choice(
+      checks.number("learning_rate", self.learning_rate)
+    checks.choice(
       "background_regularization_mode", self.background_regularization_mode, ("simple", "fast")
     )
-    _checks.choice("intrinsic_importance", self.intrinsic_importance, ("full", "estimated"))
-    _checks.choice("unpaired", self.unpaired, ("ignore", "nuclear"))
-    _checks.rule("spatial_axes", self.spatial_axes)
-    _lora.compile_pattern(self.lora_pattern)
-    _checks.structural("leaf_batching", self.leaf_batching)
+    checks.choice("intrinsic_importance", self.intrinsic_importance, ("full", "estimated"))
+    checks.choice("unpaired", self.unpaired, ("ignore", "nuclear"))
+    checks.rule("spatial_axes", self.spatial_axes)
+    lora.compile_pattern(self.lora_pattern)
+    checks.structural("leaf_batching", self.leaf_batching)
     if self.leaf_batching is not None:
-      _checks.flag("leaf_batching", self.leaf_batching)
-    _checks.structural("max_batched_elements", self.max_batched_elements)
+      checks.flag("leaf_batching", self.leaf_batching)
+    checks.structural("max_batched_elements", self.max_batched_elements)
     if self.max_batched_elements is not None:
-      _checks.integer("max_batched_elements", self.max_batched_elements, 1)
+      checks.integer("max_batched_elements", self.max_batched_elements, 1)
     for name in ("vram_budget_gb", "max_buffer_memory_mb"):
-      _checks.structural(name, getattr(self, name))
+      checks.structural(name, getattr(self, name))
       if getattr(self, name) is not None:
-        _checks.number(name, getattr(self, name), open_low=True)
+        checks.number(name, getattr(self, name), open_low=True)
 
   def _check_combinations(self) -> None:
     if not self.sd_scripts_compat:
-      _checks.fraction("edge_threshold", self.edge_threshold)
+      checks.fraction("edge_threshold", self.edge_threshold)
       if self.use_grams and self.use_cautious:
         raise ValueError(
           "use_grams gives every update the sign of its gradient, which leaves use_cautious "
@@ -137,11 +137,11 @@ class HinaOptions:
         )
       if self.use_lr_mask and not callable(self.learning_rate):
         if self.max_lr is not None:
-          _checks.ordered("learning_rate", self.learning_rate, "max_lr", self.max_lr)
+          checks.ordered("learning_rate", self.learning_rate, "max_lr", self.max_lr)
         if self.min_lr is not None:
-          _checks.ordered("min_lr", self.min_lr, "learning_rate", self.learning_rate)
+          checks.ordered("min_lr", self.min_lr, "learning_rate", self.learning_rate)
     if self.min_lr is not None and self.max_lr is not None:
-      _checks.ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
+      checks.ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
 
   def as_dict(self) -> dict[str, Any]:
     """The options by name."""
@@ -149,20 +149,20 @@ class HinaOptions:
 
 
 _RANGES: tuple[tuple[Callable[[str, Any], None], tuple[str, ...]], ...] = (
-  (functools.partial(_checks.number, open_low=True),
+  (functools.partial(checks.number, open_low=True),
    ("eps", "reference_lr", "wd_transition_steps")),
-  (_checks.number, (
+  (checks.number, (
     "weight_decay", "edge_penalty", "edge_threshold", "frequency_penalty", "rank_penalty_strength",
     "lr_bump", "min_lr", "max_lr", "adaptation_strength",
   )),
-  (functools.partial(_checks.number, low=1.0), ("low_rank_emphasis",)),
-  (_checks.fraction, (
+  (functools.partial(checks.number, low=1.0), ("low_rank_emphasis",)),
+  (checks.fraction, (
     "detail_preservation", "compatibility_threshold", "wd_min_ratio", "spd_lambda",
   )),
-  (_checks.decay, ("tam_beta", "importance_decay")),
-  (functools.partial(_checks.number, high=1.0, open_low=True), ("wd_decay_factor",)),
-  (functools.partial(_checks.integer, low=0), ("warmup_steps",)),
-  (functools.partial(_checks.integer, low=1), ("relationship_discovery_interval",)),
+  (checks.decay, ("tam_beta", "importance_decay")),
+  (functools.partial(checks.number, high=1.0, open_low=True), ("wd_decay_factor",)),
+  (functools.partial(checks.integer, low=0), ("warmup_steps",)),
+  (functools.partial(checks.integer, low=1), ("relationship_discovery_interval",)),
 )
 
 

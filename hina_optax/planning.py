@@ -1,15 +1,15 @@
 """Memory before and during training: `plan_memory` and `optimize_for_vram`."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from hina_optax import _chain, _checks, _layouts, _memory_options, alias, memory
+from hina_optax import alias, memory
 from hina_optax.alias import HinaTransformation
+from hina_optax.base import checks
 from hina_optax.options import HinaOptions
 
 
@@ -58,7 +58,7 @@ def plan_memory(
   """
   if vram_budget_gb is not None:
     check_budget("vram_budget_gb", vram_budget_gb)
-  _checks.number("reserve_gb", reserve_gb)
+  checks.number("reserve_gb", reserve_gb)
   reserve = int(reserve_gb * memory.GB)
   shapes = jax.eval_shape(lambda tree: tree, params)
   options = _options(optimizer)
@@ -66,8 +66,7 @@ def plan_memory(
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
     return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
   options = _with_budget(options, vram_budget_gb)
-  build = functools.partial(_chain.chain_of, apart=_layouts.standing_alone(params))
-  return _memory_options.decide(options, build, shapes, reserve).plan
+  return alias.plan_of(options, params, reserve)
 
 
 def optimize_for_vram(
@@ -113,7 +112,7 @@ def optimize_for_vram(
       f"{type(optimizer).__name__}: of any other only plan_memory knows the state."
     )
   check_budget("target_vram_gb", target_vram_gb)
-  _checks.number("reserve_gb", reserve_gb)
+  checks.number("reserve_gb", reserve_gb)
   # The reserve is taken off the budget, so that the new options alone give the same plan.
   room = max(target_vram_gb - reserve_gb, 1e-9)
   new = alias.build(_with_budget(optimizer.options, room))
@@ -122,7 +121,7 @@ def optimize_for_vram(
 
 def check_budget(name: str, gb: float) -> None:
   """Refuses a budget that is not above 0."""
-  _checks.number(name, gb, open_low=True)
+  checks.number(name, gb, open_low=True)
 
 
 def move_state(

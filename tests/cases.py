@@ -84,31 +84,19 @@ def _descent() -> optax.GradientTransformationExtraArgs:
 REGULARIZERS = (
   _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0},
         scale_free=True, strength=0.5, threshold=0.3),
-  _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0}, "absolute",
-        strength=0.5, threshold=0.3, relative=False, border="zero"),
   _part("suppress_high_frequency", "regularizer", ho.suppress_high_frequency, {"strength": 0.0},
         scale_free=True, strength=0.7),
-  _part("suppress_high_frequency", "regularizer", ho.suppress_high_frequency, {"strength": 0.0},
-        "magnitude", strength=0.2, subtract="magnitude", converges=False, scale_free=True),
   _part("preserve_detail", "regularizer", ho.preserve_detail, {"detail_preservation": 1.0},
         scale_free=True, detail_preservation=0.3),
-  _part("preserve_detail", "regularizer", ho.preserve_detail, {"detail_preservation": 0.0},
-        "absolute", detail_preservation=0.3, relative=False),
   _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0},
         scale_free=True, strength=0.8),
   _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0}, "fast",
         scale_free=True, strength=0.8, mode="fast"),
-  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0},
-        "fast-original", scale_free=True, strength=0.8, mode="fast", unbiased=False, border="zero"),
   _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0},
         reads_params=True, strength=0.1, emphasis=1.5, unpaired="nuclear", converges=False),
-  _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0}, "eigenvalues",
-        reads_params=True, strength=0.1, measure="top_eigenvalues", converges=False),
   # AGR takes a gradient that stands in one element for its whole share: there it stops.
   _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
         scale_free=True, converges=False),
-  _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
-        None, "clip", form="clip"),
   _part("orthogonalize_to_params", "regularizer", ho.orthogonalize_to_params,
         reads_params=True, scale_free=True, converges=False),
 )
@@ -117,37 +105,25 @@ CORES = (
   _part("scale_by_hina", "core", ho.scale_by_hina),
   _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque", torque="average"),
   _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-sum", torque="sum"),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-direction", torque="direction"),
   _part("scale_by_hina", "core", ho.scale_by_hina, None, "adopt", stability="adopt"),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "max", stability="max"),
   _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-adopt",
         torque="average", stability="adopt"),
 )
 
 MODULATORS = (
   _wrapper("cautious", ho.cautious),
-  _wrapper("cautious", ho.cautious, {"factor": 1.0}, "leaf", per="leaf", threshold=0.5),
   _wrapper("grams", ho.grams),
   _wrapper("scale_by_sign_agreement", ho.scale_by_sign_agreement, {"bump": 0.0},
            bump=0.3, min_scale=0.25, max_scale=1.7, warmup_steps=15),
-  _wrapper("scale_by_sign_agreement", ho.scale_by_sign_agreement, {"bump": 0.0}, "gradient",
-           bump=0.3, min_scale=0.25, max_scale=1.7, warmup_steps=15, signal="gradient"),
   _wrapper("scale_by_importance", ho.scale_by_importance, {"strength": 0.0},
            reads_params=True, interval=3, decay=0.5),
-  _wrapper("scale_by_importance", ho.scale_by_importance, None, "original", reads_params=True,
-           interval=3, decay=0.5, relative=False),
   _wrapper("project_to_init", ho.project_to_init, {"strength": 0.0},
            inner=_descent, reads_params=True, strength=0.5),
-  _wrapper("project_to_init", ho.project_to_init, None, "original", converges=False,
-           inner=_descent, reads_params=True, strength=0.5, learning_rate=0.05),
 )
 
 DECAYS = (
   _part("add_scheduled_weight_decay", "decay", ho.add_scheduled_weight_decay,
         {"weight_decay": 0.0}, reads_params=True, weight_decay=0.5, transition_steps=5,
-        converges=False),
-  _part("add_scheduled_weight_decay", "decay", ho.add_scheduled_weight_decay, None, "original",
-        reads_params=True, weight_decay=0.5, transition_steps=5, learning_rate=0.1,
         converges=False),
 )
 
@@ -178,11 +154,31 @@ ALIASES = (
   _alias("grams-fast", use_cautious=False, use_grams=True, background_regularization_mode="fast",
          weight_decay=0.0),
   _alias("compat-everything", **EVERYTHING, sd_scripts_compat=True, converges=False),
+  # The stages of the original: those that leave the minimum where it is, and those that move it.
+  _alias("compat-damping", **{
+    **OFF, **dict.fromkeys((
+      "use_agr", "edge_suppression", "spatial_awareness", "background_regularization", "use_tam",
+      "use_adopt_stability", "use_cautious", "use_lr_mask"), True)},
+    frequency_penalty=0.0, background_regularization_mode="fast", weight_decay=0.0, lr_bump=1e-3,
+    min_lr=1e-3, max_lr=1.0, sd_scripts_compat=True),
+  _alias("compat-pulling", **{
+    **OFF, **dict.fromkeys((
+      "spatial_awareness", "lora_rank_penalty", "use_orthogonal_grad", "use_dynamic_adaptation",
+      "dynamic_weight_decay", "use_spd"), True)},
+    relationship_discovery_interval=3, wd_transition_steps=2, sd_scripts_compat=True,
+    converges=False),
 )
 
 CASES = (*REGULARIZERS, *CORES, *MODULATORS, *DECAYS, *ALIASES)
 # Each costs many compilations of the whole chain; what is its own in it the parts' cases cover.
 RARE = ("hina_adaptive-grams-fast",)
+
+
+def as_optimizer(case: Case, learning_rate: Any = 0.05) -> optax.GradientTransformation:
+  """The case as something whose updates can be added to parameters."""
+  if case.kind == "alias" or case.name.startswith("project_to_init"):
+    return case.make()
+  return optax.chain(case.make(), optax.scale_by_learning_rate(learning_rate))
 
 
 def some(cases: Iterable[Case], slow: Iterable[str]) -> Any:

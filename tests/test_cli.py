@@ -8,7 +8,8 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from hina_optax import checkpoint_shapes, cli
+from hina_optax import cli
+from hina_optax.checkpoints import headers
 
 WEIGHTS = {
   "block.attn.to_q.weight": np.zeros((64, 32), np.float32),
@@ -41,7 +42,7 @@ def run(capsys, *arguments):
 
 @pytest.mark.filterwarnings("ignore")  # orbax's own
 def test_reads_every_kind_of_file(checkpoint):
-  shapes = checkpoint_shapes.read_shapes(checkpoint)
+  shapes = headers.read_shapes(checkpoint)
   assert {k: (x.shape, x.dtype.name) for k, x in shapes.items()} == {
     k: (v.shape, v.dtype.name) for k, v in WEIGHTS.items() if v.dtype != np.int64
   }

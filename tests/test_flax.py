@@ -10,7 +10,7 @@ from flax import nnx
 from flax.training import train_state
 
 import hina_optax as ho
-from hina_optax import _leaves, _lora
+from hina_optax.base import lora, paths
 
 pytestmark = [
   # flax itself mixes dtypes implicitly.
@@ -133,14 +133,18 @@ def test_an_nnx_optimizer_keeps_its_state_as_planned(share):
   assert 0 < figures["alignment"] <= 1
 
 
+def pairs_of(tree):
+  places, leaves, _ = paths.flatten(tree)
+  return lora.find_pairs(places, leaves, lora.compile_pattern(None))
+
+
 def test_finds_the_pairs_of_an_nnx_model_on_both_of_its_trees():
   model = NnxModel(nnx.Rngs(0))
   state = nnx.state(model, nnx.LoRAParam)
   for tree in (state, nnx.to_pure_dict(state), nnx.state(model, nnx.Param)):
-    pairs = _lora.find_pairs(tree, _lora.compile_pattern(None))
-    assert [p.rank for p in pairs] == [2]
-    paths = {place.path for place in _leaves.flatten(tree)[0]}
-    assert {"adapter/lora_a", "adapter/lora_b"} <= paths
+    assert [p.rank for p in pairs_of(tree)] == [2]
+    found = {place.path for place in paths.flatten(tree)[0]}
+    assert {"adapter/lora_a", "adapter/lora_b"} <= found
 
 
 def test_the_rank_penalty_reaches_the_factors_of_an_nnx_model():
@@ -161,7 +165,7 @@ def test_the_rank_penalty_reaches_the_factors_of_an_nnx_model():
 def test_trains_a_linen_model_and_finds_its_pair():
   model, (x, y) = LinenModel(), data()
   params = model.init(jax.random.key(0), x)["params"]
-  assert len(_lora.find_pairs(params, _lora.compile_pattern(None))) == 1
+  assert len(pairs_of(params)) == 1
   state = train_state.TrainState.create(
     apply_fn=model.apply, params=params, tx=ho.hina_adaptive(**options())
   )

@@ -11,7 +11,7 @@ import trees
 from cases import OFF
 
 import hina_optax as ho
-from hina_optax import _rate_units
+from hina_optax import alias
 
 PRESETS = (ho.lora_preset, ho.large_model_preset, ho.quick_preset, ho.extreme_memory_preset)
 
@@ -134,7 +134,7 @@ def test_presets_are_those_of_the_guide():
 
 
 def units(**options):
-  return _rate_units.resolve(ho.hina_adaptive(**options).options)
+  return alias.relative_rates(ho.hina_adaptive(**options).options)
 
 
 def test_element_rates_are_measured_against_the_reference_rate():

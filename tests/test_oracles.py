@@ -228,8 +228,6 @@ CASES = (
           bump=0.7, min_scale=0.25, max_scale=1.1),
   wrapper("scale_by_sign_agreement", modulators.SignAgreement, "hina", "start-outside",
           bump=0.3, min_scale=1.5, max_scale=2.25),
-  wrapper("scale_by_sign_agreement", modulators.SignAgreement, "trace", "gradient",
-          bump=0.3, min_scale=0.25, max_scale=1.75, signal="gradient"),
   wrapper("scale_by_importance", modulators.Importance, "trace", "rare"),
   wrapper("scale_by_importance", modulators.Importance, "hina", "full", interval=3, decay=0.5),
   wrapper("scale_by_importance", modulators.Importance, "trace", "estimated", interval=3,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import OFF
 
 from hina_optax.regularizers import _spectra
 
@@ -83,7 +84,9 @@ assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
 
 @pytest.mark.parametrize("tx", [
   "ho.add_rank_penalty()",
-  "ho.memory.with_leaf_batching(ho.add_rank_penalty(measure='top_eigenvalues'))",
+  "ho.with_leaf_batching(ho.add_rank_penalty())",
+  # The original's, whose eigenvalues are those of each matrix by itself.
+  f"ho.hina_adaptive(sd_scripts_compat=True, lora_rank_penalty=True, leaf_batching=True, **{OFF})",
 ])
 def test_batches_of_several_ranks_do_not_wait_for_each_other(tx):
   done = subprocess.run([sys.executable, "-c", MANY.replace("TX", tx)], timeout=150, text=True,

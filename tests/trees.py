@@ -36,6 +36,17 @@ def few() -> dict[str, Any]:
   return {name: tree[name] for name in ("attn", "square")}
 
 
+def layers(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
+  """Leaves that are alike, which are stacked, beside others that stand alone."""
+  tree = mixed(dtype, seed)
+  others = [mixed(dtype, seed + i) for i in (1, 2)]
+  return {
+    "bias": tree["bias"], "conv": tree["conv"],
+    "layers": {str(i): {"attn": t["attn"], "square": t["square"]} for i, t in enumerate(others)},
+    "scale": tree["scale"],
+  }
+
+
 def sequence(tree: Any, steps: int, seed: int = 1, scale: float = 1.0) -> list[Any]:
   """Random gradients like `tree`, one tree a step."""
   rng = np.random.default_rng(seed)

@@ -1,13 +1,13 @@
 """Decoupled weight decay that fades late in training."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import checks, leafwise, numerics
+from hina_optax.base.numerics import Scalar
 
 
 class AddScheduledWeightDecayState(NamedTuple):
@@ -26,7 +26,6 @@ def add_scheduled_weight_decay(
   transition_steps: Scalar | None = None,
   factor: Scalar = 0.7,
   min_ratio: Scalar = 0.1,
-  learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds weight decay, constant up to a step `T` and fading after it.
 
@@ -46,9 +45,6 @@ def add_scheduled_weight_decay(
     factor: `f` in (0, 1]: what is left of the decay after another `T` steps. After `2T` more it
       stays at `f**2`.
     min_ratio: :math:`\rho` in [0, 1], the least share that is left.
-    learning_rate: given, the updates are taken for final ones (behind the learning rate, negative)
-      and the decay :math:`\eta \lambda_t (p + u)` of the parameters *after* the step is subtracted,
-      as the PyTorch original does. A number or a schedule.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with an `AddScheduledWeightDecayState`: 4 bytes in
@@ -74,37 +70,20 @@ def add_scheduled_weight_decay(
     Loshchilov, Hutter, Decoupled weight decay, arXiv 1711.05101. `dynamic_weight_decay`,
     `wd_transition_steps`, `wd_decay_factor` and `wd_min_ratio` of `HinaAdaptive`.
   """
-  _checks.number("weight_decay", weight_decay)
-  _checks.number("factor", factor, 0.0, 1.0, open_low=True)
-  _checks.fraction("min_ratio", min_ratio)
+  checks.number("weight_decay", weight_decay)
+  checks.number("factor", factor, 0.0, 1.0, open_low=True)
+  checks.fraction("min_ratio", min_ratio)
   if transition_steps is not None:
-    _checks.number("transition_steps", transition_steps, 0.0, open_low=True)
+    checks.number("transition_steps", transition_steps, 0.0, open_low=True)
 
-  def init(params: Any) -> AddScheduledWeightDecayState:
-    _leaves.check_floating(params, "params")
-    return AddScheduledWeightDecayState(count=jnp.zeros([], jnp.int32))
+  def decay(leaf, u, p, old):
+    del leaf
+    ratio = _remaining(old.count, transition_steps, factor, min_ratio)
+    amount = numerics.scalar(weight_decay, u.dtype) * numerics.scalar(ratio, u.dtype)
+    return u + amount * p, old
 
-  def update(updates, state, params=None, **extra_args):
-    del extra_args
-    _leaves.require_params(params, "add_scheduled_weight_decay")
-    count = optax.safe_increment(state.count)
-    ratio = _remaining(count, transition_steps, factor, min_ratio)
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-
-    def decay(leaf, u, read, trees, scalars):
-      del leaf, trees, scalars
-      amount = _numerics.scalar(weight_decay, u.dtype) * _numerics.scalar(ratio, u.dtype)
-      if rate is None:
-        return u + amount * read[0], (), ()
-      # Rounded as the original rounds: to the parameter after each of its two steps.
-      stepped = read[0] + u
-      decayed = stepped - _numerics.scalar(rate, u.dtype) * amount * stepped
-      return decayed - read[0], (), ()
-
-    visited = _visits.visit(decay, updates, read=(params,))
-    return visited.updates, AddScheduledWeightDecayState(count)
-
-  return _parts.Part(init, update)
+  return leafwise.part(
+    AddScheduledWeightDecayState, decay, reads_params="add_scheduled_weight_decay")
 
 
 def _remaining(
@@ -114,7 +93,7 @@ def _remaining(
   if transition_steps is None:
     return jnp.ones([], jnp.float32)
   begin, base, least = (
-    _numerics.scalar(x, jnp.float32) for x in (transition_steps, factor, min_ratio)
+    numerics.scalar(x, jnp.float32) for x in (transition_steps, factor, min_ratio)
   )
   late = jnp.minimum((count.astype(jnp.float32) - begin) / begin, 2)
   return jnp.where(late > 0, jnp.maximum(least, base**late), jnp.ones([], jnp.float32))

@@ -1,8 +1,9 @@
 """Storage wrappers: where and in how many bits any transformation keeps its state."""
 
+from hina_optax.grouped.codecs import QuantizedLeaf
 from hina_optax.memory._device import DeviceMemory, device_memory, is_on_host, reported_limit
 from hina_optax.memory._host_offload import WithHostOffloadState, with_host_offload
-from hina_optax.memory._leaf_batching import MAX_ELEMENTS, batched, with_leaf_batching
+from hina_optax.memory._leaf_batching import MAX_ELEMENTS, with_leaf_batching
 from hina_optax.memory._moving import open_state, store_state
 from hina_optax.memory._plan import (
   GB,
@@ -15,7 +16,6 @@ from hina_optax.memory._plan import (
 from hina_optax.memory._plan_table import MemoryPlan, PlanRow, PlanStep, Storage
 from hina_optax.memory._planned import Decision, decided_by_shapes
 from hina_optax.memory._quantized_state import (
-  QuantizedLeaf,
   WithQuantizedStateState,
   dequantize_state,
   quantize_leaf,
@@ -41,7 +41,6 @@ __all__ = [
   "WithRoundedUpdatesState",
   "WithStateDtypeState",
   "apply_storage",
-  "batched",
   "decided_by_shapes",
   "dequantize_state",
   "device_memory",

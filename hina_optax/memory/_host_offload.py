@@ -1,16 +1,14 @@
 """State that rests in host memory and visits the device in windows."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jax.extend import core
 
-from hina_optax import _checks
+from hina_optax.base import checks
+from hina_optax.grouped import driver
+from hina_optax.grouped.codecs import Layer
 from hina_optax.memory import _storage
 
 _MIN_BYTES = 1 << 14
@@ -40,24 +38,17 @@ def with_host_offload(
   sharding. `update` copies them to the device, calls the inner and sends the new values back, with
   and without `jit`. Counters and small leaves stay on the device.
 
-  With `max_buffer_memory_mb` the leaves come in windows. The inner is traced once, and the trace is
-  cut into groups of leaves that the inner combines with each other: for Adam the two moments of one
-  parameter. The groups run in order. Each is copied when enough earlier groups have been computed
-  and sent back to keep what is on the device within the window (`lax.optimization_barrier` makes
-  it wait). The result is the inner's own whatever the inner does; the bound depends on it:
-
-  - A group larger than the window comes whole. `optax.flatten`, `optax.apply_if_finite` and
-    `optax.MultiSteps` make all leaves one group: inside, they need room for the whole state.
-  - What a later step over all leaves still needs (the directions, before a
-    `optax.clip_by_global_norm` that follows Adam) waits on the device until then.
-  - A window counts the bytes brought; their new values need as much again until they are sent.
-
-  The state that can be on the device at a time, in groups :math:`G_i` of :math:`b_i` bytes, is
+  With `max_buffer_memory_mb` the leaves come in windows: groups of leaves whose state takes at most
+  half of it, opened. Each window is brought when the one before has been updated and sent back
+  (`lax.optimization_barrier` makes it wait), so that a window on its way in and one on its way out
+  fit. Gradients wait with the state; updates do not, so that `p + u` needs no memory of its own:
 
   .. math::
-    \sum_{i=k}^{n} b_i \le \max(\text{window}, b_n),
+    \text{on the device} \le 2 \max(\text{window}/2,\ \text{state of the largest group})
 
-  where group `k` is the first that may still be there when group `n` is brought.
+  The inner must then treat each leaf by itself. What looks across leaves
+  (`optax.clip_by_global_norm`) is refused by name: put it outside, in a chain before the wrapper.
+  Where a compiler still lets updates pile up, `hina_optax.apply` adds them within the loop.
 
   When `jax.jit` donates the state, let it return what it was given in the same order and nothing of
   a parameter's shape before: `(params, state)` in, `(params, state)` out, both donated, as a Flax
@@ -91,8 +82,9 @@ def with_host_offload(
     on the device for each offloaded leaf, as many as before on the host.
 
   Raises:
-    ValueError: if the backend has no `pinned_host` memory, if the window is smaller than a leaf, or
-      if an argument is out of range or traced where it shapes the program.
+    ValueError: if the backend has no `pinned_host` memory, if the window is smaller than a leaf, if
+      the inner looks across leaves and there is a window, or if an argument is out of range or
+      traced where it shapes the program.
     TypeError: if `inner` is no transformation or `include` no rule.
 
   Example:
@@ -117,72 +109,30 @@ def with_host_offload(
   least = _storage.structural_number("min_bytes", min_bytes, _MIN_BYTES, 0)
   window = _window_bytes(max_buffer_memory_mb)
 
-  def chosen(paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
-    places = [
-      i for i, (path, leaf) in enumerate(zip(paths, leaves))
-      if 0 < _nbytes(leaf) >= least and leaf.ndim > 0 and bool(included(path, leaf))
-    ]
-    for i in places:
-      check_window(paths[i], _nbytes(leaves[i]), window)
-    return places
+  def chosen(path: str, leaf: Any) -> bool:
+    size = _nbytes(leaf)
+    if not 0 < size >= least or leaf.ndim == 0 or not included(path, leaf):
+      return False
+    check_window(path, size, window)
+    return True
 
-  def init(params: Any) -> WithHostOffloadState:
-    paths, leaves, structure = _storage.paths_and_leaves(inner.init(params))
-    places = chosen(paths, leaves)
-    _require_pinned_host([leaves[i] for i in places])
-    for i in places:
-      leaves[i] = jax.device_put(leaves[i], _HOST)
-    return WithHostOffloadState(structure.unflatten(_commit_beside(leaves, places)))
+  def encode(leaf: Any, key: Any) -> Any:
+    del key
+    _require_pinned_host(leaf)
+    return jax.device_put(leaf, _HOST)
 
-  def update(updates, state, params=None, **extra_args):
-    paths, leaves, structure = _storage.paths_and_leaves(_storage.restored(state.inner_state))
-    places = chosen(paths, leaves)
-
-    def step(hosted: list[jax.Array]) -> tuple[list[jax.Array], Any]:
-      opened = list(leaves)
-      for i, leaf in zip(places, hosted):
-        opened[i] = jax.device_put(leaf, _DEVICE)
-      result, new = inner.update(updates, structure.unflatten(opened), params, **extra_args)
-      kept = structure.flatten_up_to(new)
-      sent = [jax.device_put(kept[i], _HOST) for i in places]
-      for i in places:
-        kept[i] = None
-      return sent, (result, kept)
-
-    hosted = [leaves[i] for i in places]
-    sent, (result, kept) = step(hosted) if window is None else _in_windows(step, hosted, window)
-    for i, leaf in zip(places, sent):
-      kept[i] = leaf
-    return result, WithHostOffloadState(structure.unflatten(kept))
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _commit_beside(leaves: list[Any], places: Sequence[int]) -> list[Any]:
-  """`leaves`, those on the device of the hosted ones bound to it as these are."""
-  # All results of a step with arrays on the host are bound to their device. State that is not, the
-  # first time, would be another program: every step would be compiled twice.
-  found = [_devices(leaves[i]) for i in places]
-  if not found or found[0] is None:
-    return leaves
-  return [
-    jax.device_put(x, x.sharding) if _devices(x) == found[0] and not x.committed else x
-    for x in leaves
-  ]
-
-
-def _devices(leaf: Any) -> set[Any] | None:
-  """The devices of an array; `None` for what is traced or no array."""
-  if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
-    return None
-  return leaf.sharding.device_set
+  layer = Layer(
+    "host memory", WithHostOffloadState, chosen, encode,
+    lambda stored, like, key: jax.device_put(stored, _DEVICE), lambda stored, like: True,
+    rounds=False)
+  return driver.with_layer(inner, layer, window)
 
 
 def _window_bytes(megabytes: Any) -> int | None:
   if megabytes is None:
     return None
-  _checks.structural("max_buffer_memory_mb", megabytes)
-  _checks.number("max_buffer_memory_mb", megabytes, open_low=True)
+  checks.structural("max_buffer_memory_mb", megabytes)
+  checks.number("max_buffer_memory_mb", megabytes, open_low=True)
   return int(megabytes * _MB)
 
 
@@ -205,9 +155,9 @@ def check_window(path: str, size: int, window: int | None) -> None:
     )
 
 
-def _require_pinned_host(leaves: Sequence[Any]) -> None:
-  devices = next((d for d in map(_devices, leaves) if d is not None), None)
-  device = next(iter(devices or jax.local_devices()[:1]))
+def _require_pinned_host(leaf: Any) -> None:
+  traced = isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array)
+  device = next(iter(jax.local_devices()[:1] if traced else leaf.sharding.device_set))
   kinds = [memory.kind for memory in device.addressable_memories()]
   if "pinned_host" not in kinds:
     raise ValueError(
@@ -215,89 +165,3 @@ def _require_pinned_host(leaves: Sequence[Any]) -> None:
       f"have (it has {', '.join(kinds) or 'none'}). Leave the wrapper out; with_state_dtype and "
       "with_quantized_state make the state smaller where it is."
     )
-
-
-def _in_windows(step: Callable[..., Any], hosted: list[jax.Array], window: int) -> Any:
-  """`step(hosted)`, evaluated group by group within `window` bytes."""
-  closed, shape = jax.make_jaxpr(step, return_shape=True)(hosted)
-  jaxpr = closed.jaxpr
-  values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *hosted)))
-  phases, members = _phases(jaxpr)
-  wanted = _shared(phases, jaxpr.outvars)
-  sizes = [sum(_nbytes(hosted[i]) for i in group) for group in members]
-  # tokens[n] is ready when the first n groups have been computed and sent.
-  tokens = [jnp.zeros([], jnp.int32)]
-  _run(jaxpr, phases[0], values, wanted)
-  for n, group in enumerate(members):
-    first = n
-    while first > 0 and sum(sizes[first - 1:n + 1]) <= window:
-      first -= 1
-    for variable in (jaxpr.invars[i] for i in group) if first else ():
-      values[variable], _ = lax.optimization_barrier((values[variable], tokens[first]))
-    made = _run(jaxpr, phases[n + 1], values, wanted)
-    done = lax.optimization_barrier((tokens[n], *(values[v] for v in made)))
-    tokens.append(done[0])
-    values.update(zip(made, done[1:]))
-  _run(jaxpr, phases[-1], values, wanted)
-  flat = [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
-  return jax.tree.unflatten(jax.tree.structure(shape), flat)
-
-
-def _phases(jaxpr: Any) -> tuple[list[list[Any]], list[list[int]]]:
-  """Equations before all groups, of each group and after them; and each group's inputs.
-
-  Inputs are in one group if some equation combines values made from them that are as large as an
-  input. Sums and other small values are cheap to keep and bind nothing.
-  """
-  parent = list(range(len(jaxpr.invars)))
-
-  def root(i: int) -> int:
-    while parent[i] != i:
-      parent[i] = i = parent[parent[i]]
-    return i
-
-  large = min((v.aval.size for v in jaxpr.invars), default=0)
-  origin = {v: i for i, v in enumerate(jaxpr.invars)}
-  for equation in jaxpr.eqns:
-    found = [origin[v] for v in _variables(equation.invars) if v in origin]
-    for i in found[1:]:
-      parent[root(i)] = root(found[0])
-    if found:
-      origin.update((v, found[0]) for v in equation.outvars if v.aval.size >= large)
-  groups: dict[int, list[int]] = {}
-  for i in range(len(jaxpr.invars)):
-    groups.setdefault(root(i), []).append(i)
-  number = {i: n for n, group in enumerate(groups.values()) for i in group}
-  phases: list[list[Any]] = [[] for _ in range(len(groups) + 2)]
-  reach = {v: frozenset({number[i]}) for i, v in enumerate(jaxpr.invars)}
-  for equation in jaxpr.eqns:
-    needs = frozenset().union(*(reach.get(v, ()) for v in _variables(equation.invars)))
-    reach.update((v, needs) for v in equation.outvars)
-    phases[0 if not needs else min(needs) + 1 if len(needs) == 1 else -1].append(equation)
-  return phases, list(groups.values())
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-  return [v for v in atoms if not isinstance(v, core.Literal)]
-
-
-def _shared(phases: list[list[Any]], results: Sequence[Any]) -> set[Any]:
-  """Variables that are results, or used in another phase than the one that makes them."""
-  maker = {v: n for n, phase in enumerate(phases) for e in phase for v in e.outvars}
-  shared = set(_variables(results))
-  for n, phase in enumerate(phases):
-    for equation in phase:
-      shared.update(v for v in _variables(equation.invars) if maker.get(v, n) != n)
-  return shared
-
-
-def _run(jaxpr: Any, phase: list[Any], values: dict[Any, Any], wanted: set[Any]) -> list[Any]:
-  """Evaluates `phase`, adds what others want to `values`, and says which variables these are."""
-  made = [v for equation in phase for v in equation.outvars]
-  inside = set(made)
-  needs = [v for equation in phase for v in _variables(equation.invars) if v not in inside]
-  needs, gives = list(dict.fromkeys(needs)), [v for v in made if v in wanted]
-  part = jaxpr.replace(constvars=[], invars=needs, outvars=gives, eqns=phase)
-  results = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*(values[v] for v in needs))
-  values.update(zip(gives, results))
-  return gives

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _leaves
-from hina_optax.memory import _plan, _quantized_state, _state_dtype, _storage
+from hina_optax.base import paths
+from hina_optax.grouped import codecs
+from hina_optax.memory import _plan, _quantized_state, _state_dtype
 from hina_optax.memory._host_offload import WithHostOffloadState
 from hina_optax.memory._plan_table import Storage
 from hina_optax.memory._planned import Decision
@@ -33,7 +34,7 @@ def open_state(decision: Decision, state: Any, params: Any) -> Any:
     structure.flatten_up_to(state)
   except (TypeError, ValueError) as error:
     raise ValueError(f"the state is not of this optimizer and these parameters: {error}") from error
-  return _storage.restored(state)
+  return codecs.restored(state)
 
 
 def store_state(decision: Decision, opened: Any, params: Any) -> Any:
@@ -42,21 +43,22 @@ def store_state(decision: Decision, opened: Any, params: Any) -> Any:
   Parts that `decision` does not have are dropped; parts that only it has begin from `init`.
   """
   like = _like(decision, params)
-  paths = jax.tree_util.tree_flatten_with_path(like)[0]
+  places = jax.tree_util.tree_flatten_with_path(like)[0]
   merged = _graft(like, opened)
   structure: Any = jax.tree.structure(like)
   kept = structure.flatten_up_to(merged)
   missing = any(isinstance(x, jax.ShapeDtypeStruct) for x in kept)
   fresh = jax.tree.leaves(decision.base.init(params)) if missing else kept
   moved = []
-  for (path, wanted), x, first in zip(paths, kept, fresh):
+  for (path, wanted), x, first in zip(places, kept, fresh):
     source = first if isinstance(x, jax.ShapeDtypeStruct) else x
-    moved.append(_move(_leaves.path_string(path), source, wanted, decision.plan.storage))
+    moved.append(_move(paths.path_string(path), source, wanted, decision.plan.storage))
   return _wrap(structure.unflatten(moved), decision.plan.storage)
 
 
 def _like(decision: Decision, params: Any) -> Any:
-  return jax.eval_shape(decision.base.init, jax.eval_shape(_storage.widen, params))
+  return jax.eval_shape(decision.base.init, jax.eval_shape(
+    lambda tree: jax.tree.map(codecs.widen, tree), params))
 
 
 def _move(path: str, stored: Any, like: Any, storage: Storage) -> Any:

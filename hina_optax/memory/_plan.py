@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _leaves
-from hina_optax.memory import _host_offload, _quantized_state, _state_dtype, _storage
+from hina_optax.base import paths
+from hina_optax.grouped import codecs
+from hina_optax.memory import _host_offload, _quantized_state, _state_dtype
 from hina_optax.memory._ledger import Ledger, StateLeaf
 from hina_optax.memory._plan_table import MemoryPlan, PlanRow, PlanStep, Storage
 
@@ -73,10 +74,10 @@ def apply_storage(inner: Any, storage: Storage) -> optax.GradientTransformationE
   """`inner` in the wrappers that a plan chose, and in no others."""
   depth = 0
 
-  def rule(paths: frozenset[str]) -> Callable[[str, Any], bool]:
+  def rule(chosen: frozenset[str]) -> Callable[[str, Any], bool]:
     # The path that a wrapper sees starts with one field for each wrapper inside of it.
     skip = depth * len(_PREFIX)
-    return lambda path, leaf: _original(path[skip:]) in paths
+    return lambda path, leaf: _original(path[skip:]) in chosen
 
   if storage.quantized:
     inner = _quantized_state.with_quantized_state(inner, include=rule(storage.quantized))
@@ -93,14 +94,14 @@ def apply_storage(inner: Any, storage: Storage) -> optax.GradientTransformationE
 
 def state_leaves(inner: Any, params: Any) -> list[StateLeaf]:
   """The leaves of the state of `inner` for `params`, with their size in each form."""
-  wide = jax.eval_shape(_storage.widen, params)
+  wide = jax.eval_shape(lambda tree: jax.tree.map(codecs.widen, tree), params)
   pairs, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inner.init, wide))
   narrow = any(x.dtype != y.dtype for x, y in zip(jax.tree.leaves(wide), jax.tree.leaves(params)))
   bare = jax.tree.leaves(jax.eval_shape(inner.init, params)) if narrow else [x for _, x in pairs]
   vector = len(jax.tree.leaves(params))
   return [
     StateLeaf(
-      _leaves.path_string(path), *_group(path), _count(leaf), np.dtype(leaf.dtype),
+      paths.path_string(path), *_group(path), _count(leaf), np.dtype(leaf.dtype),
       np.dtype(other.dtype), _count(leaf) > vector, _sizes(leaf, _count(leaf) > vector))
     for (path, leaf), other in zip(pairs, bare)
   ]
@@ -125,13 +126,13 @@ def _group(path: Any) -> tuple[str, str]:
     path = path[:-1]
   fields = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
   last = fields[-1] if fields else -1
-  owner = _leaves.path_string(path[last + 1 :])
+  owner = paths.path_string(path[last + 1 :])
   return (path[last].name if fields else "state"), owner
 
 
 def _sizes(leaf: Any, movable: bool) -> tuple[int, int, int]:
   whole, size = _bytes(leaf), _count(leaf)
-  if not movable or not _storage.is_floating(leaf) or np.dtype(leaf.dtype).itemsize <= 2:
+  if not movable or not codecs.is_floating(leaf) or np.dtype(leaf.dtype).itemsize <= 2:
     return whole, whole, whole
   narrow = 2 * size if size >= _state_dtype.MIN_SIZE else whole
   small = _quantized_state.stored_bytes(leaf.shape) if size >= _quantized_state.MIN_SIZE else narrow

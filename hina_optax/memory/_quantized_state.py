@@ -12,9 +12,10 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hina_optax import _checks, _rounding
+from hina_optax.base import checks, rounding
+from hina_optax.grouped import codecs, driver
+from hina_optax.grouped.codecs import Layer, QuantizedLeaf
 from hina_optax.memory import _blocks, _storage
-from hina_optax.memory._storage import QuantizedLeaf
 
 _BLOCK = 256
 MIN_SIZE = 4096
@@ -70,8 +71,9 @@ def with_quantized_state(
   fall evenly on the devices, a leaf stays in place whichever of its axes are sharded, and only
   magnitudes of blocks are exchanged; otherwise (rows of odd lengths) XLA gathers it in every step.
 
-  Put it directly around `hina_adaptive` or `with_leaf_batching`, chains outside: there a CPU has
-  the state of one stack in fp32 at a time, around a chain all of it.
+  Around `hina_adaptive`, `with_leaf_batching` and parts of this library one group of leaves lies
+  open at a time, and so it does around any other transformation that treats each leaf by itself;
+  around one that looks across leaves all of its state is open at once.
 
   Around `with_state_dtype` it reads each number back into the narrower dtype at random, so averages
   stay right; what is in 8 bits already stays as it is.
@@ -122,19 +124,20 @@ def with_quantized_state(
     Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv 2110.02861 (blocks and a
     non-linear grid; theirs is a table). Zamirai et al., arXiv 2010.06192 (stochastic rounding).
   """
-  _checks.structural("bits", bits)
-  _checks.choice("bits", bits, (None, 8))
+  checks.structural("bits", bits)
+  checks.choice("bits", bits, (None, 8))
   length = _storage.structural_number("block", block, _BLOCK, 16)
   least = _storage.structural_number("min_size", min_size, MIN_SIZE, 1)
   included = _storage.path_rule(include)
+  checks.integer("seed", seed, 0)
 
   def chosen(path: str, leaf: Any) -> bool:
     return (
-      _storage.is_floating(leaf) and leaf.dtype.itemsize > 1 and leaf.size >= least
+      codecs.is_floating(leaf) and leaf.dtype.itemsize > 1 and leaf.size >= least
       and bool(included(path, leaf))
     )
 
-  def encode(leaf: jax.Array, key: _rounding.Key) -> QuantizedLeaf:
+  def encode(leaf: jax.Array, key: rounding.Key) -> QuantizedLeaf:
     stored = quantize_leaf(leaf, _blocks.scales_shape(leaf.shape, length), key)
     if isinstance(leaf, jax.core.Tracer) or stored.codes.sharding == leaf.sharding:
       return stored
@@ -146,10 +149,10 @@ def with_quantized_state(
       and stored.scales.shape == _blocks.scales_shape(like.shape, length)
     )
 
-  codec = _storage.Codec(
-    f"8 bits in blocks of {length}", chosen, encode, _decode, fits,
-  )
-  return _storage.stored_transformation(inner, codec, WithQuantizedStateState, seed, _PURPOSE)
+  layer = Layer(
+    f"8 bits in blocks of {length}", WithQuantizedStateState, chosen, encode, _decode, fits,
+    seed=seed, purpose=_PURPOSE)
+  return driver.with_layer(_storage.transformation(inner), layer)
 
 
 def dequantize_state(state: Any, dtype: Any = jnp.float32) -> Any:
@@ -167,13 +170,13 @@ def dequantize_state(state: Any, dtype: Any = jnp.float32) -> Any:
   """
   return jax.tree.map(
     lambda x: _dequantize(x, dtype) if isinstance(x, QuantizedLeaf) else x,
-    _storage.restored(state), is_leaf=lambda x: isinstance(x, QuantizedLeaf),
+    codecs.restored(state), is_leaf=lambda x: isinstance(x, QuantizedLeaf),
   )
 
 
-def _decode(stored: QuantizedLeaf, like: Any, key: _rounding.Key) -> jax.Array:
+def _decode(stored: QuantizedLeaf, like: Any, key: rounding.Key) -> jax.Array:
   # A few codes are read again and again: rounding each to the nearest bf16 would bias an average.
-  return _rounding.round_to(_dequantize(stored, jnp.float32), like.dtype, key)
+  return rounding.round_to(_dequantize(stored, jnp.float32), like.dtype, key)
 
 
 def stored_bytes(shape: tuple[int, ...]) -> int:
@@ -207,18 +210,18 @@ def _devices(mesh: Any, axes: Any) -> int:
 # Traced once for each shape; called outside of jit, one program in place of some fifty.
 @functools.partial(jax.jit, static_argnums=1)
 def quantize_leaf(
-  leaf: jax.Array, scales_shape: tuple[int, ...], key: _rounding.Key
+  leaf: jax.Array, scales_shape: tuple[int, ...], key: rounding.Key
 ) -> QuantizedLeaf:
   """`leaf` in 8 bits, in the blocks that scales of this shape count."""
   return _partitioned(functools.partial(_quantize, scales_shape), leaf, leaf, key)
 
 
 def _quantize(
-  scales_shape: tuple[int, ...], leaf: jax.Array, key: _rounding.Key
+  scales_shape: tuple[int, ...], leaf: jax.Array, key: rounding.Key
 ) -> QuantizedLeaf:
   cut = _blocks.cut(leaf.shape, scales_shape)
-  x = _blocks.to_blocks(_rounding.round_to(leaf, jnp.float32, None), cut)
-  draw = _blocks.to_blocks(_rounding.uniform(leaf.shape, key), cut)
+  x = _blocks.to_blocks(rounding.round_to(leaf, jnp.float32, None), cut)
+  draw = _blocks.to_blocks(rounding.uniform(leaf.shape, key), cut)
   finite = jnp.isfinite(x)
   size = jnp.where(finite, jnp.abs(x), jnp.zeros_like(x))
   kept = _round_up(_blocks.largest(size, cut))

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _rounding
+from hina_optax.base import checks, paths
+from hina_optax.base.rounding import Key, key_of, round_to, seed_word
+from hina_optax.grouped import codecs
 from hina_optax.memory import _storage
 
 _NARROW = ("bfloat16", "float16")
@@ -85,20 +87,20 @@ def with_rounded_updates(
     Zamirai et al., Revisiting BFloat16 training, arXiv 2010.06192.
   """
   inner = _storage.transformation(inner)
-  _checks.choice("rounding", rounding, ("stochastic", "nearest"))
-  _checks.integer("seed", seed, 0)
+  checks.choice("rounding", rounding, ("stochastic", "nearest"))
+  checks.integer("seed", seed, 0)
 
   def init(params: Any) -> WithRoundedUpdatesState:
     return WithRoundedUpdatesState(
-      inner.init(params), jnp.zeros([], jnp.int32), _rounding.seed_word(seed)
+      inner.init(params), jnp.zeros([], jnp.int32), seed_word(seed)
     )
 
   def update(updates, state, params=None, **extra_args):
-    _leaves.require_params(params, "with_rounded_updates")
+    paths.require_params(params, "with_rounded_updates")
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
     step = jnp.asarray(optax.safe_increment(state.step))
-    key = _rounding.key(state.seed, step, _PURPOSE)
-    places, leaves, structure = _leaves.flatten(updates)
+    key = key_of(state.seed, step, _PURPOSE)
+    places, leaves, structure = paths.flatten(updates)
     targets = structure.flatten_up_to(params)
     landed = [
       _land(place.path, u, p, key.fold(place.index) if rounding == "stochastic" else None)
@@ -109,9 +111,9 @@ def with_rounded_updates(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _land(path: str, update: Any, param: Any, key: _rounding.Key | None) -> Any:
+def _land(path: str, update: Any, param: Any, key: Key | None) -> Any:
   """The update that takes `param` exactly to the rounded sum."""
-  if _leaves.is_absent(update) or not _storage.is_floating(param) or param.dtype.itemsize >= 4:
+  if paths.is_absent(update) or not codecs.is_floating(param) or param.dtype.itemsize >= 4:
     return update
   if param.dtype.name not in _NARROW:
     raise TypeError(
@@ -120,6 +122,6 @@ def _land(path: str, update: Any, param: Any, key: _rounding.Key | None) -> Any:
     )
   start, step = param.astype(jnp.float32), update.astype(jnp.float32)
   wanted = start + step
-  landed = _rounding.round_to(wanted, param.dtype, key).astype(jnp.float32)
+  landed = round_to(wanted, param.dtype, key).astype(jnp.float32)
   # An infinite sum is left to apply_updates: the difference would be NaN.
   return jnp.where(jnp.isfinite(wanted), landed - start, step)

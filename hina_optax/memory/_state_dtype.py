@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _rounding
+from hina_optax.base import checks
+from hina_optax.base.rounding import Key, round_to
+from hina_optax.grouped import codecs, driver
+from hina_optax.grouped.codecs import Layer
 from hina_optax.memory import _storage
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -55,8 +58,10 @@ def with_state_dtype(
   they are, the 8 bit form of `with_quantized_state` among them, so the two nest in any order.
   `with_host_offload` must stand outside.
 
-  Put it directly around `hina_adaptive` or `with_leaf_batching`, chains outside: there a CPU has
-  the state of one stack in fp32 at a time, around a chain all of it.
+  Around `hina_adaptive`, `with_leaf_batching` and parts of this library one group of leaves lies
+  open at a time, and so it does around any other transformation that treats each leaf by itself;
+  around one that looks across leaves (`optax.clip_by_global_norm` in a chain) all of its state is
+  open at once.
 
   State that gathers small steps into a precise value, such as the `z` of
   `optax.contrib.schedule_free`, is no average: leave it out by `include`. A function as `include`
@@ -105,30 +110,31 @@ def with_state_dtype(
     `HinaAdaptive`, which rounds to the nearest.
   """
   target = _storage_dtype(dtype)
-  _checks.choice("rounding", rounding, ("stochastic", "nearest"))
+  checks.choice("rounding", rounding, ("stochastic", "nearest"))
   least = _storage.structural_number("min_size", min_size, MIN_SIZE, 0)
   included = _storage.path_rule(include)
+  checks.integer("seed", seed, 0)
 
   def chosen(path: str, leaf: Any) -> bool:
     return (
-      _storage.is_floating(leaf) and leaf.dtype.itemsize > target.itemsize and leaf.size >= least
+      codecs.is_floating(leaf) and leaf.dtype.itemsize > target.itemsize and leaf.size >= least
       and bool(included(path, leaf))
     )
 
-  def encode(leaf: jax.Array, key: _rounding.Key) -> jax.Array:
-    return _rounding.round_to(leaf, target, key if rounding == "stochastic" else None)
+  def encode(leaf: jax.Array, key: Key) -> jax.Array:
+    return round_to(leaf, target, key if rounding == "stochastic" else None)
 
   def fits(stored: Any, like: Any) -> bool:
     return getattr(stored, "dtype", None) == target and stored.shape == like.shape
 
-  codec = _storage.Codec(
-    target.name, chosen, encode, lambda stored, like, key: stored.astype(like.dtype), fits
-  )
-  return _storage.stored_transformation(inner, codec, WithStateDtypeState, seed, _PURPOSE)
+  layer = Layer(
+    target.name, WithStateDtypeState, chosen, encode,
+    lambda stored, like, key: stored.astype(like.dtype), fits, seed=seed, purpose=_PURPOSE)
+  return driver.with_layer(_storage.transformation(inner), layer)
 
 
 def _storage_dtype(dtype: Any) -> Any:
-  _checks.structural("dtype", dtype)
+  checks.structural("dtype", dtype)
   try:
     found = jnp.dtype(dtype)
   except TypeError:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _rows, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import leafwise, numerics
+from hina_optax.base.positions import LeafNumbers
 
 _LEAST_SHARE = 1e-3
 
@@ -17,12 +17,12 @@ class CautiousState(NamedTuple):
 
   Attributes:
     inner_state: the wrapped transformation's state.
-    alignment: fp32 vector, one number a leaf: share of elements whose direction agreed with the
-      gradient at the last step (`per="element"`), or their cosine (`per="leaf"`). 4 bytes a leaf.
+    alignment: fp32, one number per leaf, found by its path: share of its elements whose direction
+      agreed with the gradient at the last step. 4 bytes per leaf.
   """
 
   inner_state: Any
-  alignment: jax.Array
+  alignment: LeafNumbers
 
 
 class GramsState(NamedTuple):
@@ -35,13 +35,7 @@ class GramsState(NamedTuple):
   inner_state: Any
 
 
-def cautious(
-  inner: optax.GradientTransformation,
-  *,
-  per: str = "element",
-  threshold: Scalar = 0.1,
-  factor: Scalar = 0.5,
-) -> optax.GradientTransformationExtraArgs:
+def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   r"""Keeps of the wrapped direction what agrees in sign with the gradient.
 
   With the gradient `g` that goes in and the direction `u` that comes out, per leaf,
@@ -55,17 +49,13 @@ def cautious(
   Args:
     inner: any optax transformation whose output still points along the gradient (before
       `optax.scale_by_learning_rate`, which turns the sign).
-    per: `"element"`, or `"leaf"`: the PyTorch original, which multiplies the whole leaf by `factor`
-      where the cosine of `u` and `g` is below `threshold`.
-    threshold: in [-1, 1], a cosine; read with `per="leaf"`.
-    factor: in [0, 1]; read with `per="leaf"`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` with a `CautiousState`: 4 bytes a leaf beside the
+    An `optax.GradientTransformationExtraArgs` with a `CautiousState`: 4 bytes per leaf beside the
     inner's state.
 
   Raises:
-    ValueError: if an argument lies outside its range. TypeError: if a leaf is not floating.
+    TypeError: if a leaf is not floating.
 
   Example:
     >>> import jax.numpy as jnp
@@ -81,38 +71,14 @@ def cautious(
   References:
     Liang et al., Cautious optimizers, 2024, arXiv 2411.16085; `use_cautious` of `HinaAdaptive`.
   """
-  _checks.choice("per", per, ("element", "leaf"))
-  _checks.number("threshold", threshold, -1.0, 1.0)
-  _checks.fraction("factor", factor)
-  inner = _rows.aware(inner)
-
-  def init(params: Any) -> CautiousState:
-    _leaves.check_floating(params, "params")
-    return CautiousState(inner.init(params), _visits.per_leaf_scalars(params))
-
-  def by_element(leaf, u, read, trees, scalars):
-    del leaf, trees, scalars
-    agrees = _same_sign(u, read[0])
-    share = _numerics.fraction(agrees, u.dtype)
+  def keep(leaf, u, g, old):
+    del leaf
+    agrees = _same_sign(u, g)
+    share = numerics.fraction(agrees, u.dtype)
     scale = 1 / jnp.maximum(share, jnp.asarray(_LEAST_SHARE, u.dtype))
-    return jnp.where(agrees, u * scale, jnp.zeros_like(u)), (), (share,)
+    return jnp.where(agrees, u * scale, jnp.zeros_like(u)), old._replace(alignment=share)
 
-  def by_leaf(leaf, u, read, trees, scalars):
-    del leaf, trees, scalars
-    g = read[0]
-    angle = _numerics.cosine(u, g)
-    apart = _numerics.have_directions(u, g) & (angle < _numerics.scalar(threshold, u.dtype))
-    return u * jnp.where(apart, _numerics.scalar(factor, u.dtype), 1), (), (angle,)
-
-  def update(updates, state, params=None, **extra_args):
-    directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    visited = _visits.visit(
-      by_element if per == "element" else by_leaf,
-      directions, read=(updates,), scalars=(state.alignment,),
-    )
-    return visited.updates, CautiousState(inner_state, *visited.scalars)
-
-  return _parts.Part(init, update, _parts.inner_survey(inner), "hands on")
+  return leafwise.part(CautiousState, keep, inner=inner, numbers={"alignment": 0.0})
 
 
 def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -146,22 +112,11 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     Cao et al., Grams: gradient descent with adaptive momentum scaling, 2024, arXiv 2412.17107;
     `use_grams` of `HinaAdaptive`, which never applied it.
   """
-  inner = _rows.aware(inner)
+  def turn(leaf, u, g, old):
+    del leaf
+    return jnp.sign(g) * jnp.abs(u), old
 
-  def init(params: Any) -> GramsState:
-    _leaves.check_floating(params, "params")
-    return GramsState(inner.init(params))
-
-  def turn(leaf, u, read, trees, scalars):
-    del leaf, trees, scalars
-    return jnp.sign(read[0]) * jnp.abs(u), (), ()
-
-  def update(updates, state, params=None, **extra_args):
-    directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    visited = _visits.visit(turn, directions, read=(updates,))
-    return visited.updates, GramsState(inner_state)
-
-  return _parts.Part(init, update, _parts.inner_survey(inner), "hands on")
+  return leafwise.part(GramsState, turn, inner=inner)
 
 
 def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:

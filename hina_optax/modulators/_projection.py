@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _rows, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import checks, leafwise, numerics
+from hina_optax.base.numerics import Scalar
 
 
 class ProjectToInitState(NamedTuple):
@@ -17,7 +17,7 @@ class ProjectToInitState(NamedTuple):
   Attributes:
     count: int32 scalar, steps seen.
     inner_state: the wrapped transformation's state.
-    displacement: like the parameters, fp32: how far each has moved from its start. 4 bytes a
+    displacement: like the parameters, fp32: how far each has moved from its start. 4 bytes per
       parameter; small numbers, which two bytes hold well.
   """
 
@@ -29,8 +29,6 @@ class ProjectToInitState(NamedTuple):
 def project_to_init(
   inner: optax.GradientTransformation,
   strength: Scalar = 0.06,
-  *,
-  learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Pulls a leaf back towards its initial value when the gradient asks for it.
 
@@ -52,12 +50,9 @@ def project_to_init(
   Args:
     inner: a complete optimizer: its updates are added to the parameters.
     strength: :math:`\lambda` in [0, 1], not multiplied by the learning rate. 0 is the identity.
-    learning_rate: given, the PyTorch original's rule: always
-      :math:`y \leftarrow y - \eta \lambda \frac{\|y-x_0\|}{\|y\|} (y - x_0)`, with no selection. A
-      number or a schedule.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` with a `ProjectToInitState`: 4 bytes a parameter
+    An `optax.GradientTransformationExtraArgs` with a `ProjectToInitState`: 4 bytes per parameter
     beside the inner's state.
 
   Raises:
@@ -82,55 +77,30 @@ def project_to_init(
     Tian, Huang, Kira, Rethinking weight decay for robust fine-tuning of foundation models (SPD),
     NeurIPS 2024, arXiv 2411.01713; `use_spd` and `spd_lambda` of `HinaAdaptive`.
   """
-  _checks.fraction("strength", strength)
-  inner = _rows.aware(inner)
+  checks.fraction("strength", strength)
+  def pull(leaf, u, g, _, old, raw):
+    (step, param), u, start = raw, leaf.reused(u), old.displacement
+    new, amount = start + u, numerics.scalar(strength, u.dtype)
+    # Behind a barrier, so that the sum for the share adds on the way and `new` is not written.
+    share = _selective_share(g, start, start + lax.optimization_barrier(u))
+    u = leaf.reused(u - amount * share * new)
+    return u, old._replace(displacement=start + _applied(u, param, step.dtype))
 
-  def init(params: Any) -> ProjectToInitState:
-    return ProjectToInitState(
-      jnp.zeros([], jnp.int32), inner.init(params), _leaves.per_element_state(params)
-    )
-
-  def update(updates, state, params=None, **extra_args):
-    _leaves.require_params(params, "project_to_init")
-    steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-
-    def pull(leaf, u, read, trees, scalars):
-      del leaf, scalars
-      (g, x, param, step), old, u = read, trees[0], _numerics.written(u)
-      new, amount = old + u, _numerics.scalar(strength, u.dtype)
-      if rate is None:
-        # Behind a barrier, so that the sum for the share adds on the way and `new` is not written.
-        share = _selective_share(g, old, old + lax.optimization_barrier(u))
-        u = u - amount * share * new
-      else:
-        # Rounded as the original rounds: to the parameter after the optimizer's own step.
-        stepped = x + u
-        share = _numerics.safe_divide(_numerics.norm(new), _numerics.norm(stepped))
-        u = (stepped - _numerics.scalar(rate, u.dtype) * amount * share * new) - x
-      u = _numerics.written(u)
-      moved = _applied(u, param, step.dtype)
-      return u, (old + moved,), ()
-
-    visited = _visits.visit(
-      pull, steps, read=(updates, params), raw=(params, steps), trees=(state.displacement,)
-    )
-    count = optax.safe_increment(state.count)
-    return visited.updates, ProjectToInitState(count, inner_state, *visited.trees)
-
-  return _parts.Part(init, update, _parts.inner_survey(inner))
+  return leafwise.part(
+    ProjectToInitState, pull, inner=inner, elements={"displacement": 0.0}, raw=True,
+    reads_params="project_to_init")
 
 
 def _selective_share(g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-  before, after = _numerics.norm(old), _numerics.norm(new)
-  share = jnp.clip(_numerics.safe_divide(after - before, after), 0, 1)
-  return jnp.where(_numerics.inner_product(g, old) > 0, share, jnp.zeros_like(share))
+  before, after = numerics.norm(old), numerics.norm(new)
+  share = jnp.clip(numerics.safe_divide(after - before, after), 0, 1)
+  return jnp.where(numerics.inner_product(g, old) > 0, share, jnp.zeros_like(share))
 
 
 def _applied(u: jax.Array, param: jax.Array, step_dtype: Any) -> jax.Array:
   """What `optax.apply_updates` adds to a parameter, which may round it to bf16 or not move it."""
   same = param.dtype == step_dtype
-  dtype = step_dtype if same else _numerics.compute_dtype(param.dtype, step_dtype)
+  dtype = step_dtype if same else numerics.compute_dtype(param.dtype, step_dtype)
   new = param.astype(dtype) + u.astype(step_dtype).astype(dtype)
   moved = _as_stored(new, param.dtype).astype(u.dtype) - param.astype(u.dtype)
   return jnp.where(jnp.isfinite(moved), moved, jnp.zeros_like(moved))

@@ -7,20 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hina_optax import _numerics, _visits
+from hina_optax.base import numerics
 
 SAMPLE = 1000
 _MOST_MATRICES = 1024
-_MOST_RELATIONS = 100
 
 
-def candidates(parameters: Any, places: Sequence[int]) -> dict[int, tuple[int, ...]]:
-  """Places and shapes of the matrices among which relations are sought: the first 1,024."""
-  chosen, found = set(places), {}
-  for place, leaf in _visits.members(parameters):
-    if place.index in chosen and len(leaf.shape) == 2 and leaf.size:
-      found[place.index] = leaf.shape
-  return dict(list(found.items())[:_MOST_MATRICES])
+def candidates(places: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+  """Which of some leaves are matrices among which relations are sought: the tree's first 1,024."""
+  found = [i for i, shape in enumerate(shapes) if len(shape) == 2 and 0 not in shape]
+  return sorted(found, key=lambda i: places[i])[:_MOST_MATRICES]
 
 
 def compatibility(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.Array:
@@ -40,21 +36,11 @@ def compatibility(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.A
   return jnp.where(related, 0.7 * jnp.asarray(share) + 0.3 * together, 0)
 
 
-def first_accepted(compat: jax.Array, threshold: Any, leaf_total: int) -> jax.Array:
-  """The original's choice: of the first pairs above the threshold, in order, each row's first."""
-  limit = min(_MOST_RELATIONS, leaf_total * (leaf_total - 1) // 2)
-  above = compat > _numerics.scalar(threshold, compat.dtype)
-  order = jnp.cumsum(above.ravel().astype(jnp.int32)).reshape(above.shape)
-  accepted = above & (order <= limit)
-  found = jnp.take_along_axis(compat, jnp.argmax(accepted, axis=1)[:, None], axis=1)[:, 0]
-  return jnp.where(jnp.any(accepted, axis=1), found, 0)
-
-
 def strongest(compat: jax.Array, threshold: Any) -> jax.Array:
   """Each matrix's best compatibility above the threshold, whichever of a pair it is; else 0."""
   both = jnp.maximum(compat, compat.T)
   best = jnp.max(both, axis=1, initial=0.0)
-  return jnp.where(best > _numerics.scalar(threshold, best.dtype), best, 0)
+  return jnp.where(best > numerics.scalar(threshold, best.dtype), best, 0)
 
 
 def _correlation(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.Array:
@@ -66,15 +52,15 @@ def _correlation(shapes: Sequence[tuple[int, ...]], sample: jax.Array) -> jax.Ar
     part = sample[:, :length]
     centred = part - jnp.mean(part, axis=1, keepdims=True)
     size = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True))
-    unit = centred * _numerics.reciprocal(size)
+    unit = centred * numerics.reciprocal(size)
     gram = jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST)
     result = jnp.where(jnp.asarray(shared == length), gram, result)
   return result
 
 
 def first_elements(matrix: jax.Array) -> jax.Array:
-  """The first 1,000 elements of a matrix in its order, flat or not, zeros behind them."""
+  """The first 1,000 elements of a matrix in its order, zeros behind them."""
   # Whole rows first, so that a sharded matrix is not gathered for its first elements.
-  rows = matrix if matrix.ndim == 1 else matrix[: -(-SAMPLE // matrix.shape[1])]
+  rows = matrix[: -(-SAMPLE // matrix.shape[1])]
   flat = rows.astype(jnp.float32).ravel()[:SAMPLE]
   return jnp.pad(flat, (0, SAMPLE - flat.size))

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _numerics
-from hina_optax._numerics import Scalar
+from hina_optax.base import checks, numerics
+from hina_optax.base.numerics import Scalar
 from hina_optax.modulators._rates import RateRule, scale_by_rates
 
-# A rate is `anchor + position * bump`. One int16 an element holds the position (13 bits), which
+# A rate is `anchor + position * bump`. One int16 per element holds the position (13 bits), which
 # anchor it counts from (2 bits) and the last polarity (1 bit).
 _ANCHORS = 3
 _MOST_BUMPS = 4095
@@ -21,7 +21,8 @@ class SignAgreementState(NamedTuple):
 
   Attributes:
     count: int32 scalar, steps seen.
-    bumps: like the parameters, int16: packed position, anchor and polarity. 2 bytes a parameter.
+    bumps: like the parameters, int16: packed position, anchor and polarity. 2 bytes per
+      parameter.
     lattice: fp32 vector (bump, min_scale, max_scale) that `bumps` counts in. 12 bytes.
   """
 
@@ -36,8 +37,6 @@ def scale_by_sign_agreement(
   min_scale: Scalar = 1e-3,
   max_scale: Scalar = 10.0,
   warmup_steps: Scalar = 500,
-  *,
-  signal: str = "update",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Gives each element its own learning rate, relative to the common one.
 
@@ -58,12 +57,10 @@ def scale_by_sign_agreement(
     max_scale: :math:`r_{\max}` >= `min_scale`, likewise. A start of 1 outside of the two is brought
       in at the first step.
     warmup_steps: steps during which rates move.
-    signal: whose sign is compared: `"update"`, the wrapped direction's, or `"gradient"`, as the
-      PyTorch original does.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ScaleByRatesState` that holds a
-    `SignAgreementState`: 2 bytes a parameter beside the inner's state.
+    `SignAgreementState`: 2 bytes per parameter beside the inner's state.
 
   Raises:
     ValueError: if an argument lies outside its range. TypeError: if a leaf is not floating.
@@ -84,50 +81,39 @@ def scale_by_sign_agreement(
     "automagic" (first version) of ostris/ai-toolkit; `use_lr_mask`, `lr_bump`, `min_lr`, `max_lr`
     and `warmup_steps` of `HinaAdaptive`, there in absolute rates.
   """
-  return scale_by_rates(
-    inner, (sign_agreement_rule(bump, min_scale, max_scale, warmup_steps, signal=signal),)
-  )
+  return scale_by_rates(inner, (sign_agreement_rule(bump, min_scale, max_scale, warmup_steps),))
 
 
 def sign_agreement_rule(
-  bump: Scalar, min_scale: Scalar, max_scale: Scalar, warmup_steps: Scalar, *, signal: str
+  bump: Scalar, min_scale: Scalar, max_scale: Scalar, warmup_steps: Scalar
 ) -> RateRule:
   """The rule behind `scale_by_sign_agreement`."""
-  _checks.number("bump", bump)
-  _checks.number("min_scale", min_scale)
-  _checks.number("max_scale", max_scale)
-  _checks.ordered("min_scale", min_scale, "max_scale", max_scale)
-  _checks.integer("warmup_steps", warmup_steps, 0)
-  _checks.choice("signal", signal, ("update", "gradient"))
+  checks.number("bump", bump)
+  checks.number("min_scale", min_scale)
+  checks.number("max_scale", max_scale)
+  checks.ordered("min_scale", min_scale, "max_scale", max_scale)
+  checks.integer("warmup_steps", warmup_steps, 0)
 
-  def lattice() -> jax.Array:
-    return jnp.stack([jnp.asarray(x, jnp.float32) for x in (bump, min_scale, max_scale)])
-
-  def init(params: Any) -> SignAgreementState:
-    bumps = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int16), params)
-    return SignAgreementState(jnp.zeros([], jnp.int32), bumps, lattice())
-
-  def prepare(whole, state):
-    del whole
-    count = optax.safe_increment(state.count)
-    moving = count < jnp.asarray(warmup_steps).astype(jnp.int32)
-    return moving, state._replace(count=count, lattice=lattice())
-
-  def factor(u, g, trees, moving):
+  def scale(leaf, u, g, old):
+    del leaf, g
     anchors, step, limits = _anchors(bump, min_scale, max_scale, u.dtype)
-    old = trees[0]
-    new = jnp.where(moving, _move(old, (u if signal == "update" else g) > 0, anchors, step, limits),
-                    old)
-    return _decode(new, anchors, step), (new,)
+    moving = old.count < jnp.asarray(warmup_steps).astype(jnp.int32)
+    bumps = jnp.where(moving, _move(old.bumps, u > 0, anchors, step, limits), old.bumps)
+    return u * _decode(bumps, anchors, step), old._replace(bumps=bumps)
 
-  return RateRule(init, prepare, factor, per_element=("bumps",))
+  def lattice() -> dict[str, jax.Array]:
+    return {"lattice": jnp.stack([jnp.asarray(x, jnp.float32)
+                                  for x in (bump, min_scale, max_scale)])}
+
+  return RateRule(
+    SignAgreementState, scale, elements={"bumps": (0, jnp.int16)}, shared=lattice)
 
 
 def mean_scale(state: SignAgreementState) -> jax.Array:
   """Mean over all elements of the current scale: one pass over the counters."""
   anchors, step, _ = _anchors(state.lattice[0], state.lattice[1], state.lattice[2], jnp.float32)
   leaves = [x for x in jax.tree.leaves(state.bumps) if x.size]
-  sums = [_numerics.total(_decode(x, anchors, step)) for x in leaves]
+  sums = [numerics.total(_decode(x, anchors, step)) for x in leaves]
   return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
 
 

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
-from hina_optax._numerics import Scalar
-
-# An average that became infinite would stay so.
-_LARGEST = 1e38
+from hina_optax.base import checks, leafwise, numerics, paths
+from hina_optax.base.leaf import Leaf
+from hina_optax.base.numerics import Scalar
 
 
 class PreserveDetailState(NamedTuple):
@@ -18,8 +16,9 @@ class PreserveDetailState(NamedTuple):
 
   Attributes:
     count: int32 scalar, steps seen.
-    local_variance: like the parameters, fp32: average over steps of the local variance. 4 bytes a
-      parameter; an average from zero (`relative`), to be divided by `1 - decay**count`.
+    local_variance: like the parameters, fp32: average over steps of the local variance, as a
+      multiple of its mean on the leaf. It starts from zero and is to be divided by
+      `1 - decay**count`. 4 bytes per parameter.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -30,8 +29,7 @@ def preserve_detail(
   detail_preservation: Scalar = 0.8,
   *,
   decay: Scalar = 0.9,
-  spatial_axes: _leaves.SpatialAxes | None = None,
-  relative: bool = True,
+  spatial_axes: paths.SpatialAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Damps the gradient where its local variance is high, keeping a share of the detail.
 
@@ -51,13 +49,9 @@ def preserve_detail(
     decay: of the average over steps, in [0, 1).
     spatial_axes: `f(path, leaf) -> axes`; leaves with `()` pass through. `None` is
       `flax_spatial_axes`.
-    relative: `False` is the PyTorch original: :math:`g / (1 + p \bar V)`, where `V` is the sum of
-      squared differences in units of the squared gradient and its average starts from one. It
-      divides every matrix and kernel by about 1.8 at first, in which more preservation means
-      *less* detail.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` with a `PreserveDetailState`: 4 bytes a parameter.
+    An `optax.GradientTransformationExtraArgs` with a `PreserveDetailState`: 4 bytes per parameter.
 
   Raises:
     ValueError: if an argument lies outside its range or an axis does not exist.
@@ -76,44 +70,24 @@ def preserve_detail(
     `spatial_awareness` and `detail_preservation` of `HinaAdaptive` (sd-scripts fork), turned the
     right way round.
   """
-  _checks.fraction("detail_preservation", detail_preservation)
-  _checks.decay("decay", decay)
-  _checks.rule("spatial_axes", spatial_axes)
+  checks.fraction("detail_preservation", detail_preservation)
+  checks.decay("decay", decay)
+  checks.rule("spatial_axes", spatial_axes)
 
-  def init(params: Any) -> PreserveDetailState:
-    _visits.has_axes(spatial_axes, params)
-    return PreserveDetailState(
-      count=jnp.zeros([], jnp.int32),
-      local_variance=_leaves.per_element_state(params, 0.0 if relative else 1.0),
-    )
+  def damp(leaf, g, old):
+    if not leaf.axes or not leaf.size:
+      return g, old
+    variance = numerics.average(old.local_variance, _relative_variance(leaf, g), decay)
+    smoothed = variance / numerics.debias(decay, old.count, g.dtype)
+    share = numerics.scalar(detail_preservation, g.dtype)
+    return g * (share + (1 - share) / (1 + smoothed)), old._replace(local_variance=variance)
 
-  def update(updates, state, params=None, **extra_args):
-    del params, extra_args
-    count = optax.safe_increment(state.count)
-
-    def damp(leaf, g, read, trees, scalars):
-      del read, scalars
-      grid = _visits.grid(leaf, spatial_axes, g.dtype)
-      share = _numerics.scalar(detail_preservation, g.dtype)
-      if not grid.axes and (relative or len(leaf.shape) < 2):
-        return g, trees, ()
-      field = _stencils.field(g, grid)
-      if relative:
-        variance = _numerics.average(trees[0], _relative_variance(field), decay)
-        smoothed = variance / _numerics.debias(decay, count, g.dtype)
-        return field.values * (share + (1 - share) / (1 + smoothed)), (variance,), ()
-      squares = jnp.minimum(_stencils.squared_differences(field), _LARGEST)
-      variance = _numerics.average(trees[0], squares, decay)
-      return field.values / (1 + share * variance), (variance,), ()
-
-    visited = _visits.visit(damp, updates, trees=(state.local_variance,))
-    return visited.updates, PreserveDetailState(count, *visited.trees)
-
-  return _parts.Part(init, update, params="ignores")
+  return leafwise.part(
+    PreserveDetailState, damp, axes=spatial_axes, elements={"local_variance": 0.0})
 
 
-def _relative_variance(field: _stencils.Field) -> jax.Array:
-  variance = _stencils.squared_differences(field)
-  scale = _numerics.reciprocal(_numerics.mean(variance))
+def _relative_variance(leaf: Leaf, g: jax.Array) -> jax.Array:
+  variance = leaf.squared_differences(g)
+  scale = numerics.reciprocal(numerics.mean(variance))
   # Squares that overflow count as flat: infinity times 0 would be NaN.
   return jnp.where(scale > 0, variance * scale, 0)

@@ -1,38 +1,36 @@
 """Edge suppression: damp the gradient where it changes sharply from place to place."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import checks, leafwise, numerics, paths
+from hina_optax.base.numerics import Scalar
+from hina_optax.base.positions import LeafNumbers
 
 
 class SuppressEdgesState(NamedTuple):
   """State of `suppress_edges`.
 
   Attributes:
-    edge_share: fp32 vector, one number a leaf: share of its elements that were edges at the last
-      step, -1 for a leaf without spatial axes. 4 bytes a leaf.
+    edge_share: fp32, one number per leaf, found by its path: share of its elements that were edges
+      at the last step, -1 for a leaf without spatial axes. 4 bytes per leaf.
   """
 
-  edge_share: jax.Array
+  edge_share: LeafNumbers
 
 
 def suppress_edges(
   strength: Scalar = 0.1,
   threshold: Scalar = 0.6,
   *,
-  spatial_axes: _leaves.SpatialAxes | None = None,
-  relative: bool = True,
-  border: str = "replicate",
+  spatial_axes: paths.SpatialAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Damps the gradient where it has edges along its spatial axes.
 
-  With the second difference `L` of the gradient, summed over the spatial axes, and the edge
-  strength :math:`e = |L| / \max |L|` over the leaf,
+  With the second difference `L` of the gradient, summed over the spatial axes (a missing neighbour
+  equals the element itself), and the edge strength :math:`e = |L| / \max |L|` over the leaf,
 
   .. math:: g \leftarrow \frac{g}{1 + s\, e\, [e > \theta]}
 
@@ -46,15 +44,10 @@ def suppress_edges(
     threshold: :math:`\theta` in [0, 1], as a fraction of the strongest edge of the leaf.
     spatial_axes: `f(path, leaf) -> axes`, the axes along which neighbours are compared; leaves with
       `()` pass through. `None` is `flax_spatial_axes`.
-    relative: `False` takes :math:`e = |L|` as it is, and `threshold` in units of the gradient (the
-      PyTorch original). It then practically never fires on real gradients, which are far smaller
-      than 0.6.
-    border: `"replicate"` (a missing neighbour equals the element) or `"zero"` (no second difference
-      on the border, as in the original).
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `SuppressEdgesState`: nothing per parameter,
-    4 bytes a leaf.
+    4 bytes per leaf.
 
   Raises:
     ValueError: if `strength` is negative or not finite, `threshold` is outside its range, or an
@@ -66,46 +59,27 @@ def suppress_edges(
     >>> tx = hina_optax.suppress_edges(strength=1.0, threshold=0.5)
     >>> grads = {"w": jnp.zeros((5, 5)).at[2, 2].set(1.0)}
     >>> updates, state = tx.update(grads, tx.init(grads))
-    >>> float(updates["w"][2, 2]), round(float(state.edge_share[0]), 3)
+    >>> float(updates["w"][2, 2]), round(float(state.edge_share["w"]), 3)
     (0.5, 0.04)
 
   References:
     `edge_suppression`, `edge_penalty` and `edge_threshold` of `HinaAdaptive` (sd-scripts fork),
     with the threshold made relative.
   """
-  _checks.number("strength", strength)
-  _checks.number("threshold", threshold, 0.0, 1.0 if relative else float("inf"))
-  _checks.choice("border", border, ("replicate", "zero"))
-  _checks.rule("spatial_axes", spatial_axes)
+  checks.number("strength", strength)
+  checks.fraction("threshold", threshold)
+  checks.rule("spatial_axes", spatial_axes)
 
-  def init(params: Any) -> SuppressEdgesState:
-    _leaves.check_floating(params, "params")
-    acts = _visits.has_axes(spatial_axes, params)
-    return SuppressEdgesState(edge_share=jnp.where(acts, jnp.float32(0), jnp.float32(-1)))
-
-  def damp(leaf, g, read, trees, scalars):
-    del read, trees
-    grid = _visits.grid(leaf, spatial_axes, g.dtype)
-    if not grid.axes or not g.size:
-      return g, (), scalars
-    field = _stencils.field(g, grid)
-    edges, unit = _edges(field, border, relative)
-    least = _numerics.scalar(threshold, g.dtype) * unit
-    amount = _numerics.scalar(strength, g.dtype) * _numerics.reciprocal(unit)
-    fires = edges > least
+  def damp(leaf, g, old):
+    if not leaf.axes or not leaf.size:
+      return g, old
+    edges = leaf.reused(jnp.abs(leaf.laplacian(g)))
+    strongest = jnp.max(edges)
+    fires = edges > numerics.scalar(threshold, g.dtype) * strongest
+    amount = numerics.scalar(strength, g.dtype) * numerics.reciprocal(strongest)
     factor = 1 + amount * jnp.where(fires, edges, 0)
-    return field.values / factor, (), (_numerics.fraction(fires),)
+    return g / factor, old._replace(edge_share=numerics.fraction(fires))
 
-  def update(updates, state, params=None, **extra_args):
-    del params, extra_args
-    visited = _visits.visit(damp, updates, scalars=(state.edge_share,))
-    return visited.updates, SuppressEdgesState(*visited.scalars)
-
-  return _parts.Part(init, update, params="ignores")
-
-
-def _edges(field: _stencils.Field, border: str, relative: bool) -> tuple[jax.Array, jax.Array]:
-  """Second differences, and what an edge strength of 1 is among them."""
-  # There are three readers.
-  edges = _numerics.written(jnp.abs(_stencils.laplacian(field, border)))
-  return edges, jnp.max(edges) if relative else jnp.ones([], edges.dtype)
+  return leafwise.part(
+    SuppressEdgesState, damp, axes=spatial_axes,
+    numbers={"edge_share": lambda leaf: 0.0 if leaf.axes else -1.0})

@@ -1,12 +1,11 @@
 """High-frequency suppression: subtract from the gradient what its neighbours do not share."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _stencils, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import checks, leafwise, numerics, paths
+from hina_optax.base.numerics import Scalar
 
 
 class SuppressHighFrequencyState(NamedTuple):
@@ -16,8 +15,7 @@ class SuppressHighFrequencyState(NamedTuple):
 def suppress_high_frequency(
   strength: Scalar = 0.05,
   *,
-  spatial_axes: _leaves.SpatialAxes | None = None,
-  subtract: str = "high_pass",
+  spatial_axes: paths.SpatialAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Subtracts a share of the gradient's high-pass part along its spatial axes.
 
@@ -36,8 +34,6 @@ def suppress_high_frequency(
       frequency.
     spatial_axes: `f(path, leaf) -> axes`, the axes along which neighbours are averaged; leaves with
       `()` pass through. `None` is `flax_spatial_axes`.
-    subtract: `"high_pass"`, or `"magnitude"`: :math:`s \sum |g_i - g_{i-1}|`, as the PyTorch
-      original does, which biases every gradient downwards and does not help.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` without state.
@@ -60,32 +56,13 @@ def suppress_high_frequency(
     unbiased. One explicit step of the diffusion that Laplacian smoothing (Osher et al. 2018,
     arXiv 1806.06317) takes implicitly.
   """
-  _checks.number("strength", strength)
-  _checks.choice("subtract", subtract, ("high_pass", "magnitude"))
-  _checks.rule("spatial_axes", spatial_axes)
+  checks.number("strength", strength)
+  checks.rule("spatial_axes", spatial_axes)
 
-  def init(params: Any) -> SuppressHighFrequencyState:
-    _leaves.check_floating(params, "params")
-    _visits.has_axes(spatial_axes, params)
-    return SuppressHighFrequencyState()
+  def smooth(leaf, g, old):
+    if not leaf.axes or not leaf.size:
+      return g, old
+    high_pass = leaf.laplacian(g) * (-0.5 / len(leaf.axes))
+    return g - numerics.scalar(strength, g.dtype) * high_pass, old
 
-  def smooth(leaf, g, read, trees, scalars):
-    del read, trees, scalars
-    grid = _visits.grid(leaf, spatial_axes, g.dtype)
-    if not grid.axes:
-      return g, (), ()
-    field = _stencils.field(g, grid)
-    amount = _numerics.scalar(strength, g.dtype)
-    return field.values - amount * _high_frequency(field, subtract), (), ()
-
-  def update(updates, state, params=None, **extra_args):
-    del params, extra_args
-    return _visits.visit(smooth, updates).updates, state
-
-  return _parts.Part(init, update, params="ignores")
-
-
-def _high_frequency(leaf: _stencils.Field, subtract: str) -> jax.Array:
-  if subtract == "magnitude":
-    return _stencils.absolute_differences(leaf)
-  return _stencils.laplacian(leaf) * (-0.5 / len(leaf.grid.axes))
+  return leafwise.part(SuppressHighFrequencyState, smooth, axes=spatial_axes)

@@ -1,12 +1,13 @@
 """OrthoGrad: keep only the part of the gradient that is orthogonal to the parameters."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hina_optax import _checks, _leaves, _numerics, _parts, _visits
+from hina_optax.base import checks, leafwise, numerics
+from hina_optax.base.leaf import Leaf
 
 _TINY = 1e-30
 # Norms of gradients of which fp32 holds the squares of all elements that count.
@@ -33,8 +34,8 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
   would scale up to the old norm: below 1e-6 of the gradient the result is 0.
 
   Args:
-    include_vectors: `False` lets leaves of fewer than two axes (biases, norms) pass through, as
-      the paper does; `True` takes every leaf, as the PyTorch original does.
+    include_vectors: whether leaves of fewer than two axes (biases, norms) are projected too; the
+      paper lets them pass through.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` without state.
@@ -56,41 +57,28 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
     Prieto et al., Grokking at the edge of numerical stability, ICLR 2025, arXiv 2501.04697;
     `use_orthogonal_grad` of `HinaAdaptive`.
   """
-  _checks.choice("include_vectors", include_vectors, (False, True))
+  checks.choice("include_vectors", include_vectors, (False, True))
 
-  def init(params: Any) -> OrthogonalizeToParamsState:
-    _leaves.check_floating(params, "params")
-    return OrthogonalizeToParamsState()
+  def project(leaf, g, w, old):
+    return (_orthogonal(leaf, g, w) if include_vectors or len(leaf.shape) >= 2 else g), old
 
-  def project(leaf, g, read, trees, scalars):
-    del trees, scalars
-    return (_orthogonal(g, read[0]) if include_vectors or len(leaf.shape) >= 2 else g), (), ()
-
-  def update(updates, state, params=None, **extra_args):
-    del extra_args
-    _leaves.require_params(params, "orthogonalize_to_params")
-    return _visits.visit(project, updates, read=(params,)).updates, state
-
-  return _parts.Part(init, update)
+  return leafwise.part(
+    OrthogonalizeToParamsState, project, reads_params="orthogonalize_to_params")
 
 
-def _orthogonal(g: jax.Array, w: jax.Array) -> jax.Array:
-  product, square = _numerics.inner_product(w, g), _numerics.inner_product(w, w)
-  along = _numerics.safe_divide(product, square + _TINY)
-  total = _numerics.inner_product(g, g)
-  size, left = jnp.sqrt(total), jnp.sqrt(_left(g, w, along, product, total))
-  scale = jnp.where(left > _NOISE * size, _numerics.safe_divide(size, left + _TINY), 0)
+def _orthogonal(leaf: Leaf, g: jax.Array, w: jax.Array) -> jax.Array:
+  product, square = numerics.inner_product(w, g), numerics.inner_product(w, w)
+  along = numerics.safe_divide(product, square + _TINY)
+  total = numerics.inner_product(g, g)
+  # A difference, unless that would lose digits.
+  rest = total - along * product
+  rest = leaf.seldom(rest > _MUCH * total, rest, _square_of_rest, g, w, along)
+  size, left = jnp.sqrt(total), jnp.sqrt(rest)
+  scale = jnp.where(left > _NOISE * size, numerics.safe_divide(size, left + _TINY), 0)
   usable = (size > _LEAST) & (size < _MOST) & (jnp.sqrt(square) > _TINY)
   return jnp.where(usable, (g - along * w) * scale, g)
 
 
-def _left(
-  g: jax.Array, w: jax.Array, along: jax.Array, product: jax.Array, total: jax.Array
-) -> jax.Array:
-  """Square of the norm of `g - along * w`: a difference, unless that would lose digits."""
-  def summed(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
-    rest = g - along * w
-    return _numerics.inner_product(rest, rest)
-
-  found = total - along * product
-  return _numerics.usually(found > _MUCH * total, found, summed, g, w, along)
+def _square_of_rest(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
+  rest = g - along * w
+  return numerics.inner_product(rest, rest)

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hina_optax import _borders, _checks, _leaves, _lora, _numerics, _parts, _visits
-from hina_optax._numerics import Scalar
-from hina_optax._stacks import Group
+from hina_optax.base import checks, leafwise, lora, numerics, paths
+from hina_optax.base.lora import FactorAxes
+from hina_optax.base.numerics import Scalar
+from hina_optax.grouped.layout import Group
+from hina_optax.grouped.measures import LeafGroups, Measure
 from hina_optax.regularizers import _spectra
+
+# The extra argument in which each factor is handed what turns it into its gradient.
+_KERNELS = "rank_penalty_kernels"
 
 
 class AddRankPenaltyState(NamedTuple):
@@ -28,7 +32,6 @@ def add_rank_penalty(
   *,
   unpaired: str = "ignore",
   lora_pattern: str | None = None,
-  measure: str = "nuclear",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the gradient of the nuclear norm of `B A` to the factors of every LoRA pair.
 
@@ -60,10 +63,6 @@ def add_rank_penalty(
       Frobenius norm count less).
     lora_pattern: regular expression with the named groups `down` and `up`, for other spellings, for
       example `r"(?P<down>reduce)|(?P<up>expand)"`; the last match in a path counts.
-    measure: `"nuclear"`, or `"top_eigenvalues"`: the PyTorch original, which adds to *every* matrix
-      `p` the term `s * (sum of the 10 largest eigenvalues of the smaller Gram matrix of p) * p`: a
-      weight decay that grows with the square of the weights and lowers no rank. It ignores
-      `emphasis` and decomposes matrices of the smaller side of each leaf.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` without state.
@@ -87,231 +86,131 @@ def add_rank_penalty(
     Newton-Schulz: Jordan et al., Muon, 2024. `lora_rank_penalty`, `rank_penalty_strength` and
     `low_rank_emphasis` of `HinaAdaptive` (which never used the last).
   """
-  _checks.number("strength", strength)
-  _checks.number("emphasis", emphasis, 1.0)
-  _checks.choice("unpaired", unpaired, ("ignore", "nuclear"))
-  _checks.choice("measure", measure, ("nuclear", "top_eigenvalues"))
-  pattern = _lora.compile_pattern(lora_pattern)
+  checks.number("strength", strength)
+  checks.number("emphasis", emphasis, 1.0)
+  checks.choice("unpaired", unpaired, ("ignore", "nuclear"))
+  pattern = lora.compile_pattern(lora_pattern)
 
-  measured = functools.partial(_measured, pattern=pattern, measure=measure)
-  others = {"nuclear": {"nuclear": _spectra.polar_factors, "ignore": None}[unpaired],
-            "top_eigenvalues": _spectra.energy_gradients}[measure]
+  def penalize(leaf, g, p, old, kernel):
+    if kernel is not None:
+      term = leaf.ravel(_pair_term(leaf.unravel(p), kernel))
+    elif unpaired == "nuclear" and len(leaf.shape) == 2 and leaf.size:
+      term = leaf.ravel(_spectra.polar_factors(leaf.unravel(p)))
+    else:
+      return g, old
+    return g + numerics.scalar(strength, g.dtype) * numerics.finite(term), old
 
-  def init(params: Any) -> AddRankPenaltyState:
-    _leaves.check_floating(params, "params")
-    if measure == "nuclear":
-      _lora.find_pairs(params, pattern)
-    return AddRankPenaltyState()
+  return leafwise.part(
+    AddRankPenaltyState, penalize, reads_params="add_rank_penalty",
+    measure=Measure(
+      _KERNELS, None, functools.partial(_look, pattern=pattern, emphasis=emphasis),
+      functools.partial(_roles, pattern=pattern)))
 
-  def update(updates, state, params=None, **extra_args):
-    _leaves.require_params(params, "add_rank_penalty")
-    known = extra_args.get(_parts.SURVEYED)
-    if known is None:
-      factors = measured(params)
-      rows = zip(_visits.nodes(params), _visits.values(params), factors)
-      known = _kernels(factors, [_grams(*row) for row in rows], emphasis)
-    terms = _terms(params, _pair_terms(params, known) + _each_matrix(others, params, known))
 
-    def add(leaf, g, read, trees, scalars):
-      del leaf, trees, scalars
-      [term] = read
-      return (g if term is None else g + _numerics.scalar(strength, g.dtype) * term), (), ()
+class _Role(NamedTuple):
+  """What a factor is in its pair.
 
-    return _visits.visit(add, updates, raw=(terms,)).updates, state
+  Attributes:
+    side: 0 for `down`, 1 for `up`.
+    axes: how it is stored.
+    batch: what pairs that are solved together have in common: rank, layers, dtype, and whether they
+      have elements.
+  """
 
-  def survey(params, state):
-    del state
-    factors = measured(params.shapes())
-    grams = [[_grams_of_leaves(params.members(index, f.rows), f) for f in own]
-             for index, own in enumerate(factors)]
-    known = _kernels(factors, grams, emphasis)
-    return lambda layout, index, alone: [known[index]]
-
-  return _parts.Part(init, update, survey)
+  side: int
+  axes: FactorAxes
+  batch: tuple[int, int, Any, bool]
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("rows", "layout"))
+  jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("axes",))
 @dataclasses.dataclass(frozen=True)
-class _Kernels:
-  """What turns the factors of one layout in some rows of a node into their gradients.
+class _Kernel:
+  """What turns a factor into its gradient: `(layers, rank, rank)`, in a stack `(leaves, ...)`."""
 
-  `value` is (rows, layers, rank, rank), `None` for factors without elements.
-  """
-
-  rows: tuple[int, ...]
-  layout: _lora.Layout
-  value: jax.Array | None
-
-
-class _Term(NamedTuple):
-  """What is added to some rows of a node (row 0 of a node that is one leaf)."""
-
-  node: int
-  rows: tuple[int, ...]
   value: jax.Array
+  axes: FactorAxes
 
 
-class _Factors(NamedTuple):
-  """Factors in some rows of a node: their layout, and the pairs of one batch that they belong to.
-
-  `batch` is what the pairs have in common: rank, layers, dtype, and whether they have elements.
-  """
-
-  rows: tuple[int, ...]
-  layout: _lora.Layout
-  batch: Any
-  side: int
-  pairs: tuple[int, ...]
+def _pair_term(p: jax.Array, kernel: _Kernel) -> jax.Array:
+  """The gradient of the weighted nuclear norm for one factor."""
+  matrix = lora.to_matrix(p, kernel.axes)
+  return lora.from_matrix(_spectra.product(kernel.value, matrix), kernel.axes, p)
 
 
-def _rows_of(node: Group, array: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-  whole = array.reshape(len(node.places), *node.shape)
-  return _chosen(whole, rows)
-
-
-def _terms(params: Any, found: list[_Term]) -> Any:
-  """The terms as a tree like `params`, absent where there is none, 0 for what is not finite."""
-  nodes = _visits.nodes(params)
-  leaves, structure = _leaves.flat(params)
-  joined: list[Any] = [None] * len(leaves)
-  for i, node in enumerate(nodes):
-    mine = [term for term in found if term.node == i]
-    if mine:
-      rows = [row for term in mine for row in term.rows]
-      rest = sorted(set(range(len(node.places))) - set(rows))
-      parts = [term.value for term in mine]
-      if rest:
-        parts.append(jnp.zeros((len(rest), *parts[0].shape[1:]), parts[0].dtype))
-      terms = _numerics.in_order(rows + rest, parts).reshape(leaves[i].shape)
-      joined[i] = _visits.finite(terms)
-  return structure.unflatten(joined)
-
-
-def _each_matrix(
-  function: Callable[..., jax.Array] | None, params: Any, known: list[list[_Kernels]]
-) -> list[_Term]:
-  """What a function of batches gives of matrices that are in no pair."""
-  found: list[_Term] = []
-  if function is None:
-    return found
-  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
-    taken = {row for kernels in known[i] for row in kernels.rows}
-    rows = tuple(r for r in range(len(node.places)) if r not in taken)
-    if rows and not _leaves.is_absent(array) and len(node.shape) == 2 and array.size:
-      found.append(_Term(i, rows, function(_upcast(_rows_of(node, jnp.asarray(array), rows)))))
+def _factors(
+  places: Sequence[paths.Leaf], leaves: Sequence[Any], pattern: Any, whole: bool
+) -> dict[int, tuple[_Role, int]]:
+  """For each place that holds a factor its role, and the number of its pair in the pair's batch."""
+  by_place = {place.index: leaf for place, leaf in zip(places, leaves)}
+  found: dict[int, tuple[_Role, int]] = {}
+  sizes: dict[Any, int] = {}
+  for pair in lora.find_pairs(places, leaves, pattern, whole):
+    down, up = by_place[pair.down], by_place[pair.up]
+    batch = (pair.rank, math.prod(down.shape[:pair.down_axes.batch_axes]),
+             numerics.compute_dtype(down.dtype, up.dtype),
+             bool(math.prod(down.shape) and math.prod(up.shape)))
+    number = sizes.get(batch, 0)
+    sizes[batch] = number + 1
+    found[pair.down] = _Role(0, pair.down_axes, batch), number
+    found[pair.up] = _Role(1, pair.up_axes, batch), number
   return found
 
 
-def _upcast(x: Any) -> jax.Array:
-  return jnp.asarray(x).astype(_numerics.compute_dtype(x.dtype))
+def _roles(params: Any, pattern: Any) -> list[Any]:
+  """For each place of a tree the role of its leaf, by which leaves are stacked."""
+  places, leaves, _ = paths.flatten(params)
+  found = _factors(places, leaves, pattern, whole=True)
+  return [found[place.index][0] if place.index in found else None for place in places]
 
 
-def _pair_terms(params: Any, known: list[list[_Kernels]]) -> list[_Term]:
-  """The gradient of the weighted nuclear norm for each factor of each pair."""
-  found = []
-  for i, (node, array) in enumerate(zip(_visits.nodes(params), _visits.values(params))):
-    for kernels in known[i]:
-      if kernels.value is not None:
-        leaves = _rows_of(node, jnp.asarray(array), kernels.rows).astype(kernels.value.dtype)
-        back = jax.vmap(functools.partial(_lora.from_matrix, layout=kernels.layout))
-        product = _spectra.product(kernels.value, _matrices(leaves, kernels.layout))
-        found.append(_Term(i, kernels.rows, back(product, like=leaves)))
-  return found
+def _look(
+  leaves: LeafGroups, state: Any, pattern: Any, emphasis: Scalar
+) -> tuple[list[Any], Any]:
+  """For each group what turns its factors into their gradients, pairs of one batch together."""
+  places = [paths.Leaf(path, place) for group in leaves.groups
+            for path, place in zip(group.paths, group.places)]
+  places.sort(key=lambda place: place.index)
+  factors = _factors(places, [leaves.params[p.index] for p in places], pattern, whole=False)
+
+  def role(group: Group) -> _Role | None:
+    known = factors.get(group.places[0])
+    return known[0] if known is not None and known[0].batch[3] else None
+
+  def gram(group: Group, x: jax.Array) -> jax.Array:
+    own = role(group)
+    assert own is not None
+    return lora.gram(x.astype(own.batch[2]), own.axes)
+
+  grams = leaves.each(gram, "params", only=lambda group: role(group) is not None)
+  values: list[Any] = [None] * len(grams)
+  for batch in dict.fromkeys(role(g).batch for g in leaves.groups if role(g)):  # type: ignore[union-attr]
+    sides: list[Any] = []
+    members = [(i, g) for i, g in enumerate(leaves.groups) if role(g) and role(g).batch == batch]  # type: ignore[union-attr]
+    for side in (0, 1):
+      own = [(i, [factors[p][1] for p in g.places]) for i, g in members
+             if factors[g.places[0]][0].side == side]
+      order = [number for _, numbers in own for number in numbers]
+      sides.append((own, _in_order(order, [grams[i] for i, _ in own])))
+    shape = sides[0][1].shape
+    down, up = (x.reshape(-1, *shape[2:]) for _, x in sides)
+    solved = _spectra.pair_kernels(down, up, emphasis)
+    for (own, _), kernel in zip(sides, solved):
+      kernel = kernel.reshape(shape)
+      for i, numbers in own:
+        axes = factors[leaves.groups[i].places[0]][0].axes
+        values[i] = _Kernel(_chosen(kernel, numbers), axes)
+  return values, state
 
 
-def _matrices(leaves: jax.Array, layout: _lora.Layout) -> jax.Array:
-  """Factors as (rows, layers, rank, rest)."""
-  return jax.vmap(functools.partial(_lora.to_matrix, layout=layout))(leaves)
+def _in_order(numbers: Sequence[int], parts: Sequence[jax.Array]) -> jax.Array:
+  """The rows of all `parts`, of which `numbers` has one each, sorted by their numbers."""
+  joined = jnp.concatenate(parts)
+  order = list(numbers)
+  return joined if order == sorted(order) else joined[np.argsort(order)]
 
 
-def _measured(params: Any, pattern: Any, measure: str) -> list[list[_Factors]]:
-  """The factors that are penalized in pairs, for each node."""
-  pairs = _lora.find_pairs(params, pattern) if measure == "nuclear" else []
-  return _factors(pairs, params)
-
-
-def _factors(pairs: list[_lora.Pair], params: Any) -> list[list[_Factors]]:
-  """For each node its factors, those of one layout and batch together."""
-  shapes = {place.index: leaf for place, leaf in _visits.members(params)}
-  places = (place for node in _visits.nodes(params) for place in node.places)
-  position = {place: i for i, place in enumerate(places)}
-  sizes: dict[Any, int] = defaultdict(int)
-  wanted = {}
-  # In the order of the nodes, which one side of a batch then has.
-  for pair in sorted(pairs, key=lambda pair: position[pair.down]):
-    down, up = shapes[pair.down], shapes[pair.up]
-    batch = (pair.rank, math.prod(down.shape[:pair.down_layout.batch_axes]),
-             _numerics.compute_dtype(down.dtype, up.dtype), bool(down.size and up.size))
-    wanted[pair.down] = (pair.down_layout, batch, 0), sizes[batch]
-    wanted[pair.up] = (pair.up_layout, batch, 1), sizes[batch]
-    sizes[batch] += 1
-  found = []
-  for node in _visits.nodes(params):
-    together: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    for row, place in enumerate(node.places):
-      if place in wanted:
-        together[wanted[place][0]].append((row, wanted[place][1]))
-    found.append([
-      _Factors(rows, layout, batch, side, of)
-      for (layout, batch, side), members in together.items() for rows, of in [zip(*members)]
-    ])
-  return found
-
-
-def _grams(node: Group, array: Any, factors: list[_Factors]) -> list[Any]:
-  """`A A^T` or `B^T B` for each of a node's factors; `None` where they have no elements."""
-  return [
-    _gram(_rows_of(node, jnp.asarray(array), f.rows).astype(f.batch[2]), f.layout)
-    if f.batch[3] else None for f in factors
-  ]
-
-
-def _grams_of_leaves(leaves: list[jax.Array], factors: _Factors) -> Any:
-  """The same of one node's factors that are not stacked: on a CPU products are as fast alone."""
-  _, _, dtype, filled = factors.batch
-  if not filled:
-    return None
-  found = [_gram_of_leaf(x, dtype=dtype, layout=factors.layout) for x in leaves]
-  return _borders.join(found, dtype).reshape(-1, *found[0].shape)
-
-
-# Jitted to be traced once for leaves that are alike.
-@functools.partial(jax.jit, static_argnames=("dtype", "layout"))
-def _gram_of_leaf(leaf: jax.Array, dtype: Any, layout: _lora.Layout) -> jax.Array:
-  return _lora.gram(leaf.astype(dtype), layout)
-
-
-def _gram(leaves: jax.Array, layout: _lora.Layout) -> jax.Array:
-  matrices = _matrices(leaves, layout)
-  # Batches in one axis: of two XLA copies the operand.
-  together = _spectra.gram(matrices.reshape(-1, *matrices.shape[2:]))
-  return together.reshape(*matrices.shape[:2], *together.shape[1:])
-
-
-def _kernels(
-  factors: list[list[_Factors]], grams: list[list[Any]], emphasis: Scalar
-) -> list[list[_Kernels]]:
-  """For each node what turns its factors into their gradients; pairs of one batch together."""
-  every = [(f, g) for own, found in zip(factors, grams) for f, g in zip(own, found)]
-  solved = {}
-  for batch in dict.fromkeys(f.batch for f, _ in every if f.batch[3]):
-    sides = [_side([(f, g) for f, g in every if f.batch == batch and f.side == side])
-             for side in (0, 1)]
-    down, up = (x.reshape(-1, *x.shape[2:]) for x in sides)
-    solved[batch] = [x.reshape(sides[0].shape) for x in _spectra.pair_kernels(down, up, emphasis)]
-  return [
-    [_Kernels(f.rows, f.layout, _chosen(solved[f.batch][f.side], f.pairs) if f.batch[3] else None)
-     for f in own] for own in factors
-  ]
-
-
-def _chosen(values: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+def _chosen(values: jax.Array, rows: Sequence[int]) -> jax.Array:
   """Some rows: a slice where they follow each other, which XLA need not gather."""
   begin, end = rows[0], rows[-1] + 1
-  return values[begin:end] if rows == tuple(range(begin, end)) else values[np.array(rows)]
-
-
-def _side(found: list[tuple[_Factors, jax.Array]]) -> jax.Array:
-  """What was found for one side of all pairs, in their order."""
-  return _numerics.in_order([pair for f, _ in found for pair in f.pairs], [g for _, g in found])
+  return values[begin:end] if list(rows) == list(range(begin, end)) else values[np.array(rows)]

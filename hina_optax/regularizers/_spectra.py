@@ -1,14 +1,12 @@
-"""Spectra of small matrices: gradients of nuclear norms, polar factors, largest eigenvalues."""
-
-from collections.abc import Callable
-from typing import Any
+"""Spectra of small matrices: gradients of nuclear norms, polar factors."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hina_optax import _numerics, _visits
-from hina_optax._numerics import Scalar
+from hina_optax.base import numerics
+from hina_optax.base.numerics import Scalar
+from hina_optax.grouped import xla_cpu
 
 # Relative to the largest eigenvalue of a Gram matrix: what fp32 still resolves.
 _CUTOFF = 1e-6
@@ -17,9 +15,6 @@ _LEAST_PIVOT = 1e-2
 # Smallest singular value, relative to the largest, that the reweighting tells from zero.
 _FLOOR = 1e-3
 _MUON_STEPS, _CUBIC_STEPS = 6, 3
-_LARGEST = 10
-# Eigenvalue problems in the body of a loop on CPUs. XLA takes fewer one by one, more side by side.
-_AT_ONCE = 10
 
 
 def product(*factors: jax.Array) -> jax.Array:
@@ -45,7 +40,7 @@ def pair_kernels(
   pseudo-inverse where `A A^T` is singular (more rank than inputs).
   """
   down_size, up_size = _sizes(down), _sizes(up)
-  down, up = down * _numerics.reciprocal(down_size), up * _numerics.reciprocal(up_size)
+  down, up = down * numerics.reciprocal(down_size), up * numerics.reciprocal(up_size)
   left, left_inverse = _factor(down)
   right = jnp.swapaxes(left, -1, -2)
   values, vectors = _eigh(product(right, up, left))
@@ -53,9 +48,9 @@ def pair_kernels(
   weight = _weights(sigma, emphasis)
   turned = product(left, vectors) * (weight * sigma_inverse)[:, None, :]
   back = jnp.swapaxes(vectors, -1, -2)
-  ratio = jnp.sqrt(down_size * _numerics.reciprocal(up_size))
+  ratio = jnp.sqrt(down_size * numerics.reciprocal(up_size))
   for_down = product(up, turned, back, left_inverse)
-  return for_down * _numerics.reciprocal(ratio), product(turned, back, right) * ratio
+  return for_down * numerics.reciprocal(ratio), product(turned, back, right) * ratio
 
 
 def _factor(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +73,8 @@ def _cholesky(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     one = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return lower, lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
 
-  lower, inverse = map(_visits.finite, _each(factorize, gram))
+  lower, inverse = map(
+    numerics.finite, xla_cpu.each_matrix(factorize, gram, side_by_side=False))
   return lower, inverse
 
 
@@ -96,19 +92,8 @@ def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
   # Made symmetric here at once, not in the loop for each.
-  return _each(decompose, (matrices + jnp.swapaxes(matrices, -1, -2)) / 2, _AT_ONCE)
-
-
-def _each(function: Callable[[jax.Array], Any], matrices: jax.Array, unroll: int = 1) -> Any:
-  """A function of LAPACK for a batch: on CPUs in a loop, `unroll` matrices in its body.
-
-  Of a batch jaxlib 0.10 keeps one of XLA's threads waiting until the others have done it. As many
-  batches at once as there are threads, of factors of several ranks for example, wait for ever.
-  """
-  def in_a_loop(matrices: jax.Array) -> Any:
-    return lax.scan(lambda _, x: (None, function(x)), None, matrices, unroll=unroll)[1]
-
-  return lax.platform_dependent(matrices, cpu=in_a_loop, default=function)
+  symmetric = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
+  return xla_cpu.each_matrix(decompose, symmetric, side_by_side=True)
 
 
 def _sizes(gram: jax.Array) -> jax.Array:
@@ -124,27 +109,18 @@ def _root(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _weights(sigma: jax.Array, emphasis: Scalar) -> jax.Array:
   largest = jnp.max(sigma, axis=-1, keepdims=True)
-  relative = sigma * _numerics.reciprocal(largest)
-  return ((1 + _FLOOR) / (relative + _FLOOR)) ** (_numerics.scalar(emphasis, sigma.dtype) - 1)
+  relative = sigma * numerics.reciprocal(largest)
+  return ((1 + _FLOOR) / (relative + _FLOOR)) ** (numerics.scalar(emphasis, sigma.dtype) - 1)
 
 
 def polar_factors(x: jax.Array) -> jax.Array:
   """`U V^T` of each matrix of a batch: Muon's steep quintic to come near, the classical cubic."""
   tall = x.shape[-2] > x.shape[-1]
   y = jnp.swapaxes(x, -1, -2) if tall else x
-  y = y * _numerics.reciprocal(jnp.sqrt(jnp.sum(y * y, axis=(-2, -1), keepdims=True)))
+  y = y * numerics.reciprocal(jnp.sqrt(jnp.sum(y * y, axis=(-2, -1), keepdims=True)))
   for _ in range(_MUON_STEPS):
     small = gram(y)
     y = 3.4445 * y + product(-4.7750 * small + 2.0315 * product(small, small), y)
   for _ in range(_CUBIC_STEPS):
     y = 1.5 * y - 0.5 * product(gram(y), y)
   return jnp.swapaxes(y, -1, -2) if tall else y
-
-
-def energy_gradients(x: jax.Array) -> jax.Array:
-  """Each matrix of a batch times the sum of the ten largest eigenvalues of its Gram matrix."""
-  small = gram(x if x.shape[-2] <= x.shape[-1] else jnp.swapaxes(x, -1, -2))
-  if small.shape[-1] <= _LARGEST:
-    return _sizes(small) * x
-  values, _ = _eigh(small)
-  return jnp.sum(values[:, -_LARGEST:], axis=-1)[:, None, None] * x

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hina_optax import _leaves, alias, info, planning
+from hina_optax import alias, info, planning
+from hina_optax.base import paths
 from hina_optax.options import MEMORY_OPTIONS, HinaOptions
 from hina_optax.torch_bridge import _rules, _saving
 from hina_optax.torch_bridge._cohort import Cohort
@@ -79,7 +80,7 @@ class HinaAdaptive(BridgedOptimizer):
     if callable(lr):
       raise ValueError("lr must be a number: a scheduler of torch.optim.lr_scheduler changes it.")
     lr = float(lr)
-    options = {"spatial_axes": _leaves.torch_spatial_axes, **options}
+    options = {"spatial_axes": paths.torch_spatial_axes, **options}
     options["weight_decay_mask"] = _in_order(options.get("weight_decay_mask"))
     if options.get("reference_lr") is None and lr > 0:
       options["reference_lr"] = lr
@@ -197,7 +198,8 @@ def _rule(o: HinaOptions) -> _rules.Rule:
     return alias.build(dataclasses.replace(o, **now)).update(updates, state, params)
 
   numbers = {"lr": float(o.learning_rate), "weight_decay": float(o.weight_decay)}
-  return _rules.Rule(transformation.init, update, numbers, True, collections.OrderedDict)
+  return _rules.Rule(
+    transformation.init, update, numbers, True, collections.OrderedDict, o)
 
 
 def _in_order(mask: Any) -> Any:

@@ -26,6 +26,7 @@ class Rule:
       schedulers change `lr`.
     takes_absent: whether updates that are `None` are known to leave their state alone.
     tree: the kind of mapping that parameters come in; JAX sorts the names of a dict.
+    options: the `HinaOptions` that it was made from, if it was.
   """
 
   init: Callable[[Any], Any]
@@ -33,6 +34,7 @@ class Rule:
   numbers: dict[str, float]
   takes_absent: bool = False
   tree: type = dict
+  options: Any = None
 
 
 def rule_of(tx: optax.GradientTransformation, params: Any) -> Rule:

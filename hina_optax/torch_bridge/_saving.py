@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import torch
 
-from hina_optax.torch_bridge import _rules, _tensors
+from hina_optax.torch_bridge import _rules, _tensors, _version_1
 from hina_optax.torch_bridge._cohort import Cohort, put
 
 KEY = "hina_optax"
-VERSION = 1
+VERSION = 2
 _ON_HOST = ("pinned_host", "unpinned_host")
 
 
@@ -28,6 +28,7 @@ def pack(
 def _pack_cohort(cohort: Cohort, group: Mapping[str, Any]) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(cohort.state)
   return {
+    "version": VERSION,
     "members": list(cohort.members),
     "names": [cohort.names[i] for i in cohort.members],
     "shapes": [list(p.shape) for p in cohort.params(group)],
@@ -56,11 +57,11 @@ def check(packed: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
   Raises:
     ValueError: naming each difference.
   """
-  if packed.get("version") != VERSION:
+  if packed.get("version") not in (1, VERSION):
     raise ValueError(
-      f"The state_dict has version {packed.get('version')}; this hina_optax reads version "
-      f"{VERSION}. Load it with the hina_optax that saved it.")
-  saved = packed["identity"]
+      f"The state_dict has version {packed.get('version')}; this hina_optax reads versions 1 "
+      f"and {VERSION}. Load it with the hina_optax that saved it.")
+  saved = _version_1.identity(packed["identity"]) if packed["version"] == 1 else packed["identity"]
   differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
   if differing:
     lines = [f"  {name}: saved {saved.get(name)!r}, now {identity.get(name)!r}"
@@ -83,11 +84,30 @@ def unpack(
   like = jax.eval_shape(rule.init, abstract.shapes(group))
   paths, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {_key(path): x for path, x in paths}
+  if saved.get("version", 1) == 1:
+    saved = _upgraded(saved, like, abstract.shapes(group), rule)
   _check_arrays(saved["arrays"], wanted)
   device = _tensors.jax_device(abstract.params(group)[0].device)
   leaves = [_restored(saved, name, device) for name in wanted]
   abstract.state = jax.tree.unflatten(structure, leaves)
   return abstract
+
+
+def _upgraded(
+  saved: Mapping[str, Any], like: Any, params: Any, rule: _rules.Rule
+) -> dict[str, Any]:
+  """What version 1 saved, in the form of today."""
+  old = saved["arrays"]
+  found = _version_1.upgraded(
+    old, lambda key: _tensors.to_numpy(old[key]), like, params, rule.options)
+  hosted = {_field(key) for key in saved["on_host"]}
+  return {**saved, "arrays": {key: _tensors.to_torch(x) for key, x in found.items()},
+          "on_host": [key for key in found if _field(key) in hosted]}
+
+
+def _field(key: str) -> str:
+  """The field of a state that a key stands in, without the leaf's own name."""
+  return key[:key.rindex("[")] if "[" in key else key
 
 
 def _restored(saved: Mapping[str, Any], name: str, device: jax.Device) -> jax.Array:

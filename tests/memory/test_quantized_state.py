@@ -365,11 +365,18 @@ PARAMS = {"w": jnp.ones((64, 64))}
   (wrap(RMS), wrap(RMS, min_size=5000), ("QuantizedLeaf", "float32[64, 64]")),
   (wrap(RMS, min_size=5000), wrap(RMS), ("float32[64, 64]", "8 bits in blocks of 256")),
   (wrap(RMS, block=64), wrap(RMS), ("bfloat16[64, 1]", "blocks of 256")),
-  (memory.with_state_dtype(RMS), wrap(RMS), ("bfloat16[64, 64]", "8 bits")),
 ])
 def test_a_state_made_with_other_options_is_refused(made, used, parts):
   with raises(ValueError, "state leaf '", "/w'", *parts, "other options"):
     used.update(PARAMS, made.init(PARAMS), PARAMS)
+
+
+def test_a_state_of_another_wrapper_is_refused():
+  state = memory.with_state_dtype(RMS).init(PARAMS)
+  with raises(ValueError, "WithStateDtypeState", "WithQuantizedStateState", "another optimizer"):
+    wrap(RMS).update(PARAMS, state, PARAMS)
+  with raises(ValueError, "state leaf '", "/w'", "bfloat16[64, 64]", "8 bits", "other options"):
+    wrap(RMS).update(PARAMS, memory.WithQuantizedStateState(*state), PARAMS)
 
 
 def test_host_memory_inside_is_refused():

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hina_optax import _rounding
+from hina_optax.base import rounding
 
 DRAWS = 1_000_000
 DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
 def key(step=1, seed=0, purpose=1):
-  return _rounding.key(_rounding.seed_word(seed), jnp.asarray(step, jnp.int32), purpose)
+  return rounding.key_of(rounding.seed_word(seed), jnp.asarray(step, jnp.int32), purpose)
 
 
 def bracket(x, dtype):
@@ -29,7 +29,7 @@ def bracket(x, dtype):
 
 def errors(x, dtype, step=1, count=DRAWS):
   """Errors of `count` draws at one number, and what one draw's deviation has to be."""
-  rounded = jax.jit(lambda v: _rounding.round_to(v, dtype, key(step)))(
+  rounded = jax.jit(lambda v: rounding.round_to(v, dtype, key(step)))(
     jnp.full(count, x, jnp.float32))
   assert rounded.dtype == jnp.dtype(dtype)
   low, high = bracket(np.float32(x), jnp.dtype(dtype))
@@ -71,7 +71,7 @@ def test_the_mean_of_f16_is_exact_below_its_normal_numbers_too(x):
 def test_the_mean_over_steps_is_exact_at_each_place():
   x = jnp.asarray(np.random.default_rng(0).normal(size=256), jnp.float32)
   steps = jnp.arange(1, 4001, dtype=jnp.int32)
-  rounded = jax.jit(jax.vmap(lambda s: _rounding.round_to(x, "bfloat16", key(s))))(steps)
+  rounded = jax.jit(jax.vmap(lambda s: rounding.round_to(x, "bfloat16", key(s))))(steps)
   low, high = bracket(x, jnp.dtype("bfloat16"))
   exact = np.asarray(x, np.float64)
   scores = (np.asarray(rounded).astype(np.float64).mean(0) - exact) * np.sqrt(len(steps))
@@ -85,7 +85,7 @@ def test_the_mean_over_steps_is_exact_at_each_place():
 def test_what_the_dtype_holds_is_kept(dtype):
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=4096) * 10.0 ** rng.uniform(-4, 4, 4096), dtype)
-  rounded = _rounding.round_to(x.astype(jnp.float32), dtype, key())
+  rounded = rounding.round_to(x.astype(jnp.float32), dtype, key())
   assert rounded.tolist() == x.tolist()
 
 
@@ -96,22 +96,22 @@ def test_infinity_and_nan_pass_and_the_largest_stays_finite(dtype, at):
   beyond = float(np.nextafter(np.float32(top), np.float32(np.inf)))
   x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, top, -top, beyond, -3.4028235e38, 0.0, -0.0])
   for step in range(20):
-    rounded = np.asarray(_rounding.round_to(x, dtype, at and key(step)).astype(jnp.float32))
+    rounded = np.asarray(rounding.round_to(x, dtype, at and key(step)).astype(jnp.float32))
     np.testing.assert_array_equal(rounded, [np.inf, -np.inf, np.nan, top, -top, top, -top, 0, 0])
   payload = lax.bitcast_convert_type(jnp.asarray([0x7F800001, 0xFFFFFFFF], jnp.uint32), jnp.float32)
-  assert jnp.all(jnp.isnan(_rounding.round_to(payload, dtype, at and key())))
+  assert jnp.all(jnp.isnan(rounding.round_to(payload, dtype, at and key())))
 
 
 def test_nearest_is_the_cast():
   x = jnp.asarray(np.random.default_rng(2).normal(size=1000), jnp.float32)
-  assert jnp.array_equal(_rounding.round_to(x, "bfloat16", None), x.astype(jnp.bfloat16))
+  assert jnp.array_equal(rounding.round_to(x, "bfloat16", None), x.astype(jnp.bfloat16))
 
 
 def test_fp64_is_narrowed_and_kept_in_range():
   with jax.enable_x64(True):
     x = jnp.asarray([1e300, -1e300, np.inf, 0.1], jnp.float64)
     for dtype in ("bfloat16", "float32"):
-      rounded = _rounding.round_to(x, dtype, key())
+      rounded = rounding.round_to(x, dtype, key())
       top = float(jnp.finfo(dtype).max)
       assert rounded.dtype == jnp.dtype(dtype)
       assert rounded[:3].tolist() == [top, -top, np.inf]
@@ -120,8 +120,8 @@ def test_fp64_is_narrowed_and_kept_in_range():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7), (2, 3, 4, 5)])
 def test_every_shape_counts_its_places_in_order(shape):
-  flat = _rounding.noise((int(np.prod(shape)),), key())
-  assert jnp.array_equal(_rounding.noise(shape, key()).reshape(-1), flat)
+  flat = rounding.noise((int(np.prod(shape)),), key())
+  assert jnp.array_equal(rounding.noise(shape, key()).reshape(-1), flat)
 
 
 def correlation(x, y):
@@ -134,8 +134,8 @@ def correlation(x, y):
 def test_steps_seeds_wrappers_and_leaves_draw_apart(other):
   size = 1 << 17
   leaf, names = other.get("leaf", 0), {k: v for k, v in other.items() if k != "leaf"}
-  first = _rounding.uniform((size,), key().fold(0))
-  second = _rounding.uniform((size,), key(**names).fold(leaf))
+  first = rounding.uniform((size,), key().fold(0))
+  second = rounding.uniform((size,), key(**names).fold(leaf))
   limit = 4.5 / np.sqrt(size)
   assert correlation(first, second) < limit
   # Not the same numbers in another order of the places either.
@@ -147,13 +147,13 @@ def test_steps_seeds_wrappers_and_leaves_draw_apart(other):
 
 def test_keys_that_share_most_of_a_word_do_not_draw_the_same_numbers_in_another_order():
   base = key()
-  near = _rounding.Key(base.first ^ np.uint32(1), base.second ^ np.uint32(12345))
-  first, second = (np.asarray(_rounding.noise((4096,), k)) for k in (base, near))
+  near = rounding.Key(base.first ^ np.uint32(1), base.second ^ np.uint32(12345))
+  first, second = (np.asarray(rounding.noise((4096,), k)) for k in (base, near))
   assert len(np.intersect1d(first, second)) < 10
 
 
 def test_noise_is_uniform():
-  draw = np.asarray(_rounding.uniform((1 << 20,), key()))
+  draw = np.asarray(rounding.uniform((1 << 20,), key()))
   assert 0 <= draw.min()
   assert draw.max() < 1
   counts = np.histogram(draw, 64, (0, 1))[0]
@@ -164,5 +164,5 @@ def test_noise_is_uniform():
 
 def test_seeds_may_be_numbers_or_arrays():
   for seed in (7, np.int64(7), jnp.asarray(7, jnp.int32), jnp.asarray(7.0), (1 << 32) + 7):
-    assert _rounding.seed_word(seed) == 7
-    assert _rounding.seed_word(seed).dtype == jnp.uint32
+    assert rounding.seed_word(seed) == 7
+    assert rounding.seed_word(seed).dtype == jnp.uint32

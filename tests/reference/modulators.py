@@ -54,12 +54,9 @@ class Grams(Modulator):
 class SignAgreement(Modulator):
   """A rate an element: `clip(r +/- b)` by whether the sign of `u` repeats."""
 
-  def __init__(
-    self, inner, bump=0.03, min_scale=0.001, max_scale=10.0, warmup_steps=500, signal="update"
-  ):
+  def __init__(self, inner, bump=0.03, min_scale=0.001, max_scale=10.0, warmup_steps=500):
     super().__init__(inner)
     self.bump, self.bounds, self.warmup_steps = bump, (min_scale, max_scale), warmup_steps
-    self.signal = signal
 
   def start(self, params):
     self.count = 0
@@ -69,7 +66,7 @@ class SignAgreement(Modulator):
   def modulate(self, u, g, params):
     self.count += 1
     if self.count < self.warmup_steps:
-      for path, x in (u if self.signal == "update" else g).items():
+      for path, x in u.items():
         for index in np.ndindex(x.shape):
           repeats = (x[index] > 0) == self.positive[path][index]
           moved = self.scale[path][index] + (self.bump if repeats else -self.bump)
@@ -97,22 +94,20 @@ class Importance(Modulator):
     self.importance = np.ones(len(params))
     self.initial_norm = np.full(len(params), -1.0)
     self.relation = np.zeros(len(params))
-    self.gradient_size = np.zeros(len(params))
 
   def modulate(self, u, g, params):
     self.count += 1
     if self.count % self.interval == 0:
-      self.visit(list(params.values()))
-    self.gradient_size = np.array([np.sqrt(leaves.mean(x * x)) for x in g.values()])
+      self.visit(list(g.values()), list(params.values()))
     related = self.importance * (1 + 0.2 * self.relation)
     factors = np.clip(1 + self.strength * (related / np.mean(related) - 1), 0.1, 3)
     factors = factors / np.mean(factors)
     return {path: f * x for f, (path, x) in zip(factors, u.items())}
 
-  def visit(self, params):
+  def visit(self, g, params):
     if self.initial_norm[0] < 0:
       self.initial_norm = np.array([leaves.norm(p) for p in params])
-    size = self.gradient_size
+    size = [np.sqrt(leaves.mean(x * x)) for x in g]
     change = [
       abs(leaves.norm(p) - start) / start if start > 0 else 0.0
       for p, start in zip(params, self.initial_norm)
@@ -139,7 +134,6 @@ class Importance(Modulator):
       "rules.0.importance": self.importance,
       "rules.0.initial_norm": self.initial_norm,
       "rules.0.relation": self.relation,
-      "rules.0.gradient_size": self.gradient_size,
     }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hina_optax import _leaves
+from hina_optax.base import paths
 
 SHAPES: dict[str, Any] = {
   "attn": {"lora_a": (256, 8), "lora_b": (8, 320)},
@@ -73,7 +73,7 @@ def traffic(compiled: Any) -> list[tuple[str, int]]:
 
 def by_path(tree: Any) -> dict[str, Any]:
   """Leaves by their paths, as the library writes them."""
-  return {_leaves.path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {paths.path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 # Elements of the smallest leaf that is sharded.

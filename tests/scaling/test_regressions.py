@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import hina_optax as ho
+from hina_optax.compat import sd_scripts
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -51,7 +52,8 @@ def test_an_update_does_not_overflow_its_dtype():
 
 @pytest.mark.parametrize("size", [1e-3, 1e20, 1e30])
 def test_a_clip_to_norm_one_holds_at_any_size(size):
-  tx = ho.adaptive_gradient_regularization("clip")
+  """What the original calls AGR."""
+  tx = sd_scripts.agr(None)
   g = size * jnp.array([[3.0, 4.0]])
   for update in (tx.update, jax.jit(tx.update)):
     updates, _ = update(g, tx.init(g))
@@ -63,9 +65,7 @@ def test_the_size_of_a_gradient_is_a_number_where_its_square_is_none(size):
   tx = ho.scale_by_importance(optax.identity(), interval=1, decay=0.0)
   params = {"a": jnp.ones(3), "b": jnp.ones(3)}
   g = {"a": jnp.full(3, size), "b": jnp.full(3, size / 3)}
-  _, state = tx.update(g, tx.init(params), params)
-  assert np.isfinite(state.rules[0].gradient_size).all()
-  updates, state = tx.update(g, state, params)
+  updates, state = tx.update(g, tx.init(params), params)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
   if size < 1:
     np.testing.assert_allclose(updates["a"] / updates["b"], 3 * 1.2 / 0.8, 1e-3)

@@ -135,7 +135,8 @@ def test_explicit_sharding_mode(case):
     for g, wanted in zip(given, expected):
       updates, new = update(g, state, params)
       for x, y in ((updates, params), (new, state)):
-        assert jax.tree.map(jax.typeof, x) == jax.tree.map(jax.typeof, y)
+        assert jax.tree.structure(x) == jax.tree.structure(y)
+        assert [*map(jax.typeof, jax.tree.leaves(x))] == [*map(jax.typeof, jax.tree.leaves(y))]
       trees.assert_close(updates, wanted, 2e-5, 2e-5)
       state = new
   check_state(state, params)
@@ -207,15 +208,15 @@ def test_the_step_of_a_stacked_tree_gathers_nothing():
 def test_a_traced_init_stacks_nothing_where_it_cannot_see():
   mesh = meshes.mesh(4, 2)
   params = alike(mesh)
-  every = {f"l{i}/{k}" for i in range(3) for k in ("w", "bias")} | {"l1/whole", "l2/whole"}
   tx = ho.hina_adaptive(**PLAIN)
   asked = ho.hina_adaptive(**PLAIN, leaf_batching=True)
   with jax.set_mesh(mesh):
-    state = jax.jit(tx.init)(params)
-    assert set(optax.tree.get(state, "mu")) == every
-    updates, _ = jax.jit(tx.update)(params, state, params)
-    assert "*[64x48]" in optax.tree.get(jax.eval_shape(asked.init, params), "mu")
-  assert updates["l0"]["w"].sharding.spec[0] == "data"
+    for each in (tx, asked):
+      state = jax.jit(each.init)(params)
+      assert jax.tree.structure(optax.tree.get(state, "mu")) == jax.tree.structure(params)
+      assert jax.tree.structure(state) == jax.tree.structure(each.init(params))
+      updates, _ = jax.jit(each.update)(params, state, params)
+      assert updates["l0"]["w"].sharding.spec[0] == "data"
   # Without a mesh around it nothing tells: it stacks all, and says so in its docstring.
   assert "*[64x48]" in optax.tree.get(jax.eval_shape(tx.init, params), "mu")
 

@@ -177,7 +177,7 @@ def test_in_compat_only_the_first_group_has_its_importance_updated():
     train(model, optimizer, 4)
     arrays = [group[0]["arrays"] for group in
               optimizer.state_dict()["state"]["hina_optax"]["groups"]]
-    return [next(v for k, v in a.items() if k.endswith(".importance")) for a in arrays]
+    return [next(v for k, v in a.items() if ".importance" in k) for a in arrays]
 
   first, second = means(True)
   assert not torch.allclose(first, torch.tensor(1.0), atol=1e-3)

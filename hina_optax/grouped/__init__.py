@@ -1,0 +1,1 @@
+"""The one loop over leaves: leaves that are alike in one array, group after group."""
