@@ -29,7 +29,7 @@ def test_numbers_of_leaves_are_found_by_path(how):
   found = optax.tree.get(trained(MAKERS[how](part), params), "torque")
   names = [place.path for place in paths.flatten(params)[0]]
   assert sorted(name for name, _ in found.items()) == sorted(names)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for path, _ in jax.tree_util.tree_leaves_with_path(params):
     name = "/".join(key.key for key in path)
     alone = optax.tree.get(trained(part, params), "torque")[name]
     np.testing.assert_allclose(found[name], alone, rtol=1e-6, err_msg=name)

@@ -65,20 +65,25 @@ def test_what_is_called_absent_is_as_if_it_were_none(case):
   check_presence(case.make(), trees.layers())
 
 
-@every_driven_case
-@pytest.mark.parametrize("batched", [False, True])
-def test_nothing_changes_where_no_leaf_is_there(case, batched):
-  """What all leaves share, such as counts of steps, stays as well."""
-  if batched and case.kind == "alias":
-    pytest.skip("the alias batches by itself")
-  tx, params = case.make(), trees.layers()
-  tx = ho.with_leaf_batching(tx) if batched else tx
+def check_that_nothing_changes(tx):
+  """Where no leaf is there, what all leaves share, such as counts of steps, stays as well."""
+  params = trees.layers()
   first, second = trees.sequence(params, 2)
   step, count = step_of(tx, []), len(PATTERNS[0])
   _, state = step(first, tx.init(params), params, flags(params, [True] * count))
   updates, same = step(second, state, params, flags(params, [False] * count))
   trees.assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
   trees.assert_equal(same, state)
+
+
+@every_driven_case
+def test_nothing_changes_where_no_leaf_is_there(case):
+  check_that_nothing_changes(case.make())
+
+
+@some([c for c in CASES if c.kind != "alias"], DRIVEN)
+def test_nothing_changes_in_stacks_where_no_leaf_is_there(case):
+  check_that_nothing_changes(ho.with_leaf_batching(case.make()))
 
 
 @some([c for c in CASES if c.kind != "alias"], DRIVEN)

@@ -16,7 +16,7 @@ from hina_optax.base.traits import Traits
 from hina_optax.grouped import codecs, measures, separable, update_group, xla_cpu
 from hina_optax.grouped import layout as layouts
 from hina_optax.grouped.layout import Group, Grouped, Layout
-from hina_optax.grouped.settings import Settings, begin, opened_bytes, refusal
+from hina_optax.grouped.settings import Settings, begin, refusal
 from hina_optax.grouped.update_group import Stepper
 
 # Opened bytes of state between a group and the one that it waits for. Without a bound compilers may
@@ -119,7 +119,8 @@ class Step:
     """Whether leaves are taken by themselves; refuses where they must be and cannot."""
     if self.known.leafwise:
       return True
-    total = sum(opened_bytes(self.likes, self.structure)) if layout is None else 0
+    # What is not like the parameters comes as well, such as a tree without the blocks of a mask.
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.likes))
     limit = _WINDOW if self.settings.window is None else self.settings.window // 2
     if layout is None and total <= limit:
       return False
@@ -177,8 +178,7 @@ class Step:
     stepper = Stepper(
       self.settings.inner, self.layers, self.structure, structure, [c.kind for c in columns],
       self.known.leafwise, {k: v for k, v in self.extra_args.items() if k != PRESENT}, add,
-      self.settings.contains, _is_traced((self.gradients, self.stored)),
-      [self._empties(c) for c in columns])
+      self.settings.contains, _is_traced((self.gradients, self.stored)))
     shared = [codecs.opened(self.layers, c.forms, c.node, codecs.folded(c.forms, self.keys))
               if c.kind == "shared" else c.node for c in columns]
     results = list(self.gradients if not add else self.parameters or [])
@@ -205,17 +205,6 @@ class Step:
         for place, u in zip(self.layout.groups[index].places, updates):
           results[place] = u
     return self._assembled(columns, structure, after, new_shared or shared, results)
-
-  def _empties(self, column: _Column) -> list[Any] | None:
-    """For each place what stands in a position of the state of a leaf that has nothing there."""
-    if column.kind != "rows":
-      return None
-    found: list[Any] = [None] * self.structure.num_leaves
-    for group, (entry, _) in zip(self.layout.groups, column.entries):
-      if not jax.tree.leaves(entry):
-        for place in group.places:
-          found[place] = entry
-    return found
 
   def _limit(self) -> int:
     return _WINDOW if self.settings.window is None else self.settings.window // 2

@@ -82,15 +82,13 @@ class Stepper:
 
   def __init__(self, inner: Any, layers: Sequence[Layer], structure: Any, state: Any,
                kinds: Sequence[str], ours: bool, extra_args: dict[str, Any], add: bool,
-               contains: bool, traced: bool, empties: Sequence[Any]):
+               contains: bool, traced: bool):
     """`structure` is the parameters', `state` that of the state's positions, of these kinds."""
     self.inner, self.layers, self.structure, self.state = inner, layers, structure, state
     self.kinds, self.ours, self.extra_args, self.add = kinds, ours, extra_args, add
     # The place and path of the first group of each kind: groups that are alike run its program.
     self._first: dict[_Kind, tuple[int, str]] = {}
     self.contains, self.traced = contains, traced
-    # For each position and place what stands there of a leaf without state, as of a masked one.
-    self.empties = empties
     # Outside of a trace each call would be compiled anew.
     self._turn = jax.jit(self._run, static_argnums=(0, 1, 2)) if traced else self._run
     self._called = xla_cpu.as_call(self._run, static_argnums=(0, 1, 2))
@@ -179,9 +177,10 @@ class Stepper:
       return self.structure.unflatten(leaves)
 
     nodes = []
+    others = self._others({place: g})
     for k, (kind, row, whole) in enumerate(zip(self.kinds, rows, shared)):
       if kind == "rows":
-        nodes.append(tree(turn.leaf(row), self.empties[k]))
+        nodes.append(tree(turn.leaf(row), others[k]))
       elif kind == "numbers":
         nodes.append(LeafNumbers(names_of((path,)), row))
       else:
@@ -200,6 +199,22 @@ class Stepper:
       new_rows.append(row)
       new_shared.append(node if kind == "shared" else None)
     return turn.bare(self.structure.flatten_up_to(updates)[place]), new_rows, new_shared
+
+  def _others(self, leaves: dict[int, Any]) -> list[Any]:
+    """For each position of the state what the inner has there in place of the other leaves.
+
+    Masks leave a `MaskedNode` for some leaves that are not there, and nothing for others: what its
+    `init` makes of the same tree its update expects.
+    """
+    nothing: list[Any] = [None] * len(self.kinds)
+    if self.ours:
+      return nothing
+    count = self.structure.num_leaves
+    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) if i in leaves else None
+              for i in range(count)]
+    state = jax.eval_shape(self.inner.init, self.structure.unflatten(shapes))
+    return [self.structure.flatten_up_to(node) if kind == "rows" else None
+            for kind, node in zip(self.kinds, self.state.flatten_up_to(state))]
 
   def _kept(self, kind: _Kind, new: list[Any], old: list[Any], present: Any) -> list[Any]:
     """New rows of the state; the old ones of leaves without an update."""
@@ -251,10 +266,12 @@ class Stepper:
                 codecs.folded(given.forms, keys))
       for given in unit]
     nodes: list[Any] = []
+    others = self._others({given.group.places[0]: x for given, x in zip(
+      unit, self._wide([given.gradients[0] for given in unit]))})
     for k, kind in enumerate(self.kinds):
       column = [rows[k] for rows in opened]
       if kind == "rows":
-        nodes.append(tree(column, self.empties[k]))
+        nodes.append(tree(column, others[k]))
       elif kind == "numbers":
         names = tuple(given.group.paths[0] for given in unit)
         nodes.append(LeafNumbers(names_of(names), jnp.concatenate(column)))

@@ -142,6 +142,21 @@ def test_inside(name, wrapper):
         assert x.sharding.memory_kind == "pinned_host"
 
 
+@pytest.mark.parametrize("wrapper", ["batching", "windows", "dtype"])
+def test_a_mask_of_whole_blocks(wrapper):
+  """It leaves nothing of a block in the state, which no leaf can then be taken out of by itself."""
+  params = {block: {"a": jnp.ones((8, 8)), "b": 2 * jnp.ones((8, 8))} for block in ("x", "y")}
+  inner = optax.masked(RMS, {"x": True, "y": False})
+  tx = WRAPPERS[wrapper](inner)
+  if wrapper in BY_LEAF:
+    with storages.raises(ValueError, "'x/a'", "outside of the wrapper"):
+      tx.update(params, tx.init(params), params)
+  else:
+    gradients = trees.sequence(params, 2)
+    expected = trees.run(inner, params, gradients)[:2]
+    trees.assert_close(trees.run(tx, params, gradients)[:2], expected)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", [n for n in INNERS if n not in ACROSS])
 def test_inside_in_8_bits(name, batched):

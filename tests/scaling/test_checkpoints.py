@@ -168,19 +168,36 @@ def test_training_goes_on_to_the_bit(tmp_path):
   trees.assert_equal(same, last)
 
 
-@pytest.mark.parametrize("inner", [
-  optax.adamw(1e-3), optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-3)),
-  optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2)])
-def test_foreign_transformations(inner):
+def clipped(inner):
+  return optax.chain(optax.clip_by_global_norm(1.0), inner)
+
+
+MASK = {**{f"l{i}": {"lora_a": i != 1, "lora_b": i == 1, "bias": True} for i in range(3)},
+        "conv": True, "scale": False}
+BATCHED = {
+  "adamw": (optax.adamw(1e-3), memory.with_leaf_batching(optax.adamw(1e-3))),
+  "clip": (clipped(optax.lion(1e-3)), clipped(memory.with_leaf_batching(optax.lion(1e-3)))),
+  "adafactor": (optax.adafactor(1e-3, min_dim_size_to_factor=8),
+                memory.with_leaf_batching(optax.adafactor(1e-3, min_dim_size_to_factor=8))),
+  "masked": tuple(put(optax.masked(optax.trace(0.9), MASK))
+                  for put in (optax.with_extra_args_support, memory.with_leaf_batching)),
+}
+
+
+@pytest.mark.parametrize("name", [*BATCHED, "multi"])
+def test_foreign_transformations(name):
   params = {k: v for k, v in parameters().items() if k != "empty"}
-  tx = optax.with_extra_args_support(inner)
+  if name == "multi":
+    inner = optax.sgd(0.1, momentum=0.9)
+    tx, batched = optax.MultiSteps(inner, 2), optax.MultiSteps(memory.with_leaf_batching(inner), 2)
+    tx, batched = map(optax.with_extra_args_support, (tx, batched))
+  else:
+    tx, batched = BATCHED[name]
   state = filled(tx.init(params))
   trees.assert_equal(ho.unpack_state(tx, *ho.pack_state(tx, state, params), params), state)
-  if not isinstance(inner, optax.MultiSteps):  # which counts for all leaves together
-    batched = memory.with_leaf_batching(inner)
-    moved = ho.unpack_state(batched, *ho.pack_state(tx, state, params), params)
-    assert jax.tree.structure(moved) == jax.tree.structure(batched.init(params))
-    trees.assert_equal(ho.unpack_state(tx, *ho.pack_state(batched, moved, params), params), state)
+  moved = ho.unpack_state(batched, *ho.pack_state(tx, state, params), params)
+  assert jax.tree.structure(moved) == jax.tree.structure(batched.init(params))
+  trees.assert_equal(ho.unpack_state(tx, *ho.pack_state(batched, moved, params), params), state)
 
 
 def packed(**options):

@@ -8,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES, EVERYTHING
+from cases import CASES, EVERYTHING, as_optimizer
 from storages import raises
-from test_properties import as_optimizer
 
 import hina_optax as ho
 from hina_optax import memory

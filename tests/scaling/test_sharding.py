@@ -1,5 +1,6 @@
 """Parameters sharded on a mesh: the numbers of one device, and what crosses between devices."""
 
+import contextlib
 import math
 
 import jax
@@ -9,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES
+from cases import CASES, as_optimizer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_properties import as_optimizer
 
 import hina_optax as ho
 from hina_optax import memory
@@ -111,6 +111,36 @@ def test_sharded_training_is_that_of_one_device(case, shape):
   trees.assert_close(params, expected, 0.0, 1e-5)
 
 
+def few(on=None):
+  """A matrix sharded both ways, a LoRA pair, a vector, and whole leaves that are alike."""
+  rng = np.random.default_rng(4)
+  specs = {"attn": {"lora_a": ((16, 2), ("data", None)), "lora_b": ((2, 16), (None, "model"))},
+           "bias": ((16,), (("data", "model"),)), "square": ((8, 8), ("data", "model")),
+           "whole": ((6, 5), ()), "other": ((6, 5), ()), "scale": ((), ())}
+
+  def make(leaf):
+    shape, spec = leaf
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return x if on is None else jax.device_put(x, NamedSharding(on, PartitionSpec(*spec)))
+
+  return jax.tree.map(make, specs, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case_on_a_mesh(case):
+  """Two steps of eight devices are those of one; state lies as its parameters."""
+  tx, plain = case.make(), few()
+  given = trees.sequence(plain, 2)
+  _, expected, _ = trees.run(tx, plain, given, apply=False)
+  params = few(meshes.mesh(4, 2))
+  given = [jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), g, params) for g in given]
+  _, updates, state = trees.run(tx, params, given, apply=False)
+  trees.assert_close(updates, expected, 2e-5, 2e-5)
+  check_state(state, params)
+  for x, p in zip(jax.tree.leaves(updates[-1]), jax.tree.leaves(params)):
+    assert x.sharding.is_equivalent_to(p.sharding, x.ndim)
+
+
 EXPLICIT_SHOWN = ("suppress_edges",)
 
 
@@ -205,20 +235,124 @@ def test_the_step_of_a_stacked_tree_gathers_nothing():
   check_traffic(compiled)
 
 
-def test_a_traced_init_stacks_nothing_where_it_cannot_see():
+def test_nothing_is_stacked_where_a_mesh_is_set():
+  """There traced leaves may be sharded unseen."""
   mesh = meshes.mesh(4, 2)
   params = alike(mesh)
-  tx = ho.hina_adaptive(**PLAIN)
-  asked = ho.hina_adaptive(**PLAIN, leaf_batching=True)
-  with jax.set_mesh(mesh):
-    for each in (tx, asked):
-      state = jax.jit(each.init)(params)
-      assert jax.tree.structure(optax.tree.get(state, "mu")) == jax.tree.structure(params)
-      assert jax.tree.structure(state) == jax.tree.structure(each.init(params))
-      updates, _ = jax.jit(each.update)(params, state, params)
-      assert updates["l0"]["w"].sharding.spec[0] == "data"
-  # Without a mesh around it nothing tells: it stacks all, and says so in its docstring.
+  every = {f"l{i}/{k}" for i in range(3) for k in ("w", "bias")} | {"l1/whole", "l2/whole"}
+  for batched in (None, True):
+    tx = ho.hina_adaptive(**PLAIN, leaf_batching=batched)
+    with jax.set_mesh(mesh):
+      for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        assert set(meshes.by_path(optax.tree.get(state, "mu"))) == every
+      updates, after = jax.jit(tx.update)(params, state, params)
+      assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert updates["l0"]["w"].sharding.spec[0] == "data"
+  # Without a mesh around it a traced leaf shows nothing: it counts as whole.
   assert "*[64x48]" in optax.tree.get(jax.eval_shape(tx.init, params), "mu")
+
+
+def batched_adamw():
+  return memory.with_leaf_batching(optax.adamw(1e-2))
+
+
+INITS = {
+  "alias": lambda: ho.hina_adaptive(**PLAIN),
+  "adamw": batched_adamw,
+  "bf16": lambda: memory.with_state_dtype(batched_adamw(), min_size=0),
+  "8 bits": lambda: memory.with_quantized_state(batched_adamw(), min_size=16),
+  "host": lambda: memory.with_host_offload(batched_adamw(), min_bytes=0),
+}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_a_jitted_init_is_the_eager_one_for_whole_leaves(name):
+  tx, params = INITS[name](), alike()
+  eager, jitted = tx.init(params), jax.jit(tx.init)(params)
+  shapes = jax.eval_shape(tx.init, params)
+  assert jax.tree.structure(eager) == jax.tree.structure(jitted) == jax.tree.structure(shapes)
+  assert trees.dtypes(eager) == trees.dtypes(jitted) == trees.dtypes(shapes)
+  assert any("*" in path for path in meshes.by_path(eager))
+  trees.assert_equal(eager, jitted)
+
+
+@pytest.mark.parametrize("place", ["whole", "sharded", "mesh set", "explicit"])
+@pytest.mark.parametrize("name", [
+  pytest.param(n, marks=[] if n in ("alias", "bf16") else [pytest.mark.slow]) for n in INITS])
+def test_one_program_may_hold_init_and_update(name, place):
+  tx, plain = INITS[name](), alike()
+  [gradient] = trees.sequence(plain, 1)
+
+  def both(gradient, params):
+    updates, state = tx.update(gradient, tx.init(params), params)
+    return updates, state
+
+  with jax.numpy_dtype_promotion("standard"):
+    expected = jax.jit(both)(gradient, plain)
+    in_two, _ = jax.jit(tx.update)(gradient, tx.init(plain), plain)
+    loose = 1e-6 if name in ("alias", "adamw", "host") else 0.1
+    trees.assert_close(expected[0], in_two, loose, 1e-7)
+    if place == "whole":
+      return
+    mesh = meshes.mesh(4, 2, AxisType.Explicit if place == "explicit" else AxisType.Auto)
+    context = jax.set_mesh(mesh) if place != "sharded" else contextlib.nullcontext()
+    with context:
+      params = alike(mesh)
+      spread = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), gradient, params)
+      updates, state = jax.jit(both)(spread, params)
+  trees.assert_close(updates, expected[0], 2e-5 + loose, 2e-5)
+  for block in params:
+    assert updates[block]["w"].sharding.is_equivalent_to(params[block]["w"].sharding, 2)
+  # Seen from outside, what is sharded stands alone, and what is not seen is stacked.
+  stacked = any("*" in path for path in meshes.by_path(state))
+  assert stacked == (place in ("sharded", "explicit"))
+  if place == "explicit":
+    assert not any("w" in path.split("/")[-1] and "*" in path for path in meshes.by_path(state))
+
+
+def boxed():
+  """Parameters of Flax, each in a box that names its axes."""
+  import flax.linen as nn
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i in range(3):
+        dense = nn.Dense(8, kernel_init=nn.with_logical_partitioning(
+          nn.initializers.normal(), ("embed", "mlp")), name=f"layer{i}")
+        x = dense(x)
+      return x
+
+  return nn, Model().init(jax.random.key(0), jnp.ones((2, 8)))["params"]
+
+
+@pytest.mark.parametrize("name", [*INITS, "plain adamw"])
+def test_state_of_boxed_parameters_names_its_axes(name):
+  nn, params = boxed()
+  with jax.numpy_dtype_promotion("standard"):
+    tx = optax.adamw(1e-2) if name == "plain adamw" else INITS[name]()
+    specs = nn.get_partition_spec(jax.eval_shape(tx.init, params))
+    wanted = nn.get_partition_spec(jax.eval_shape(optax.adamw(1e-2).init, params))
+    for field in ("mu", "nu"):
+      found = meshes.by_path(optax.tree.get(specs, field))
+      expected = meshes.by_path(optax.tree.get(wanted, field))
+      kernels = {k: x for k, x in expected.items() if "kernel" in k}
+      assert len(kernels) == 3
+      for path, spec in kernels.items():
+        of_leaf = {k: x for k, x in found.items() if k.startswith(path)}
+        assert of_leaf, (path, found)
+        if name != "8 bits":
+          assert list(of_leaf.values()) == [spec]
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state, params)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  plain = nn.meta.unbox(params)
+  with jax.numpy_dtype_promotion("standard"):
+    expected, _ = jax.jit(tx.update)(plain, tx.init(plain), plain)
+  trees.assert_close(nn.meta.unbox(updates), expected, *((1e-6, 1e-7) if "8" not in name
+                                                         and "bf16" not in name else (0.1, 0.0)))
 
 
 def test_a_jitted_init_with_shardings():
