@@ -32,7 +32,7 @@ def test_numbers_of_leaves_are_found_by_path(how):
   for path, _ in jax.tree_util.tree_leaves_with_path(params):
     name = "/".join(key.key for key in path)
     alone = optax.tree.get(trained(part, params), "torque")[name]
-    np.testing.assert_allclose(found[name], alone, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(found[name], alone[name], rtol=1e-6, err_msg=name)
   assert np.asarray(found).shape == (len(names),)
   np.testing.assert_array_equal(np.asarray(found), [float(x) for _, x in found.items()])
   with pytest.raises(KeyError, match=r"no leaf 'nothing'.*'bias'"):

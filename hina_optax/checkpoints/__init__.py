@@ -134,7 +134,7 @@ def unpack_state(tx: Any, arrays: dict[str, Any], stamp: dict[str, Any], params:
     >>> packed = hina_optax.pack_state(tx, tx.init(params), params)
     >>> state = hina_optax.unpack_state(hina_optax.with_leaf_batching(tx), *packed, params)
     >>> {name: x.shape for name, x in state.mu.items()}
-    {'*[8x8]': (2, 64)}
+    {'*[8x8]': (2, 8, 8)}
   """
   wanted = packed_shapes(stamp, tx, params)
   missing = sorted(wanted.keys() - arrays.keys())
