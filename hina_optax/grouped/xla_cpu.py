@@ -154,6 +154,9 @@ class FlatLeaf(CalledLeaf):
 
   def neighbours(self, x: Array, axes: tuple[int, ...]) -> Iterator[Neighbours]:
     """Slices of one frame of zeros, so that no branch stands in the innermost loop."""
+    if not x.size:
+      yield from (Neighbours(x, x, x == 0, x == 0) for _ in axes)
+      return
     strides = [math.prod(self.shape[axis + 1:]) for axis in axes]
     reach, count = max(strides, default=0), x.size
     # Without the first barrier arithmetic would be done on the way into the frame, with a branch
