@@ -204,7 +204,19 @@ class Step:
         after[index] = entries
         for place, u in zip(self.layout.groups[index].places, updates):
           results[place] = u
-    return self._assembled(columns, structure, after, new_shared or shared, results)
+    new_shared = [
+      self._where_some(new, old) if column.kind == "shared" else None
+      for column, new, old in zip(columns, new_shared or shared, shared)]
+    return self._assembled(columns, structure, after, new_shared, results)
+
+  def _where_some(self, new: Any, old: Any) -> Any:
+    """`new`; `old` where the argument `present` says that no leaf has an update."""
+    here = [] if self.present is None else [
+      jnp.asarray(x) for x, g in zip(self.present, self.gradients) if not paths.is_absent(g)]
+    if not here:
+      return new
+    some = jnp.any(jnp.stack(here))
+    return jax.tree.map(lambda a, b: jnp.where(some, a, b), new, old)
 
   def _limit(self) -> int:
     return _WINDOW if self.settings.window is None else self.settings.window // 2
@@ -250,7 +262,8 @@ class Step:
         seen[measure.state_type] = seen.get(measure.state_type, 0) + 1
       found, state = measure.look(leaves, None if place is None else columns[place].node)
       if place is not None:
-        columns[place] = columns[place]._replace(node=state)
+        columns[place] = columns[place]._replace(
+          node=self._where_some(state, columns[place].node))
       values[measure.name] = found
     return values, columns
 
