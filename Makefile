@@ -17,19 +17,21 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The oracles see programs as users run them; the others are compiled without optimizations.
+# Oracles and what else is exact sees programs as users run them; the others are compiled without
+# optimizations.
 test: lint
-	$(BIN)/python -m pytest -n 2 --ignore=tests/test_oracles.py
-	HINA_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 tests/test_oracles.py
+	$(BIN)/python -m pytest -n 2
+	HINA_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 -m 'exact and not slow' tests
 
 # The core alone, in an environment without torch and flax.
 test-core:
 	$(PYTHON) -m venv .venv-core
 	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	.venv-core/bin/python -m pytest -n 2
+	HINA_OPTIMIZED=1 .venv-core/bin/python -m pytest -n 2 -m 'exact and not slow' tests
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m slow
+	HINA_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 -m slow
 
 bench: $(VENV)/.installed
 	for tree in lora420 lora_sdxl dense17m; do \

@@ -190,5 +190,6 @@ def some(cases: Iterable[Case], slow: Iterable[str]) -> Any:
 every_case = some(CASES, RARE)
 # How a transformation is driven, rather than what it computes: of the chain the defaults stand for
 # all.
-DRIVEN = (*RARE, "hina_adaptive-everything", "hina_adaptive-compat-everything")
+DRIVEN = (*RARE, "hina_adaptive-everything", "hina_adaptive-compat-everything",
+          "hina_adaptive-compat-damping", "hina_adaptive-compat-pulling")
 every_driven_case = some(CASES, DRIVEN)

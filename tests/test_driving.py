@@ -180,8 +180,9 @@ MAPPED = {
 
 
 @pytest.mark.parametrize(("name", "devices", "for_cpus"), [
-  *((name, devices, False) for name in MAPPED for devices in (1, 8)),
-  ("everything", 8, True), ("importance", 8, True),
+  *(pytest.param(name, devices, False, marks=pytest.mark.slow if name == "everything" else [])
+    for name in MAPPED for devices in (1, 8)),
+  pytest.param("everything", 8, True, marks=pytest.mark.slow), ("importance", 8, True),
 ])
 def test_a_step_inside_of_shard_map_is_the_step(name, devices, for_cpus, monkeypatch):
   """With JAX's own checks of what is replicated: parameters are, gradients are summed."""

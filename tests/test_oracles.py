@@ -16,6 +16,8 @@ from reference.regularizers import Pair
 import hina_optax as ho
 from hina_optax.modulators import mean_scale
 
+pytestmark = pytest.mark.exact
+
 STEPS = 20
 ZERO_STEP = 6  # the whole gradient is zero at this step, counted from 1
 

@@ -12,6 +12,8 @@ import pytest
 
 import hina_optax as ho
 
+pytestmark = pytest.mark.exact
+
 FOLDER = pathlib.Path(__file__).parent / "parity"
 CONFIGS = json.loads((FOLDER / "configs.json").read_text())
 TOLERANCE = 3e-6

@@ -57,33 +57,17 @@ def check_presence(tx, params):
   everywhere = flags(params, [True] * len(PATTERNS[0]))
   trees.assert_close(step(gradients[3], state, params, everywhere),
                      update(gradients[3], state, params))
+  # Where no leaf is there, what all leaves share, such as counts of steps, stays as well.
+  nowhere = flags(params, [False] * len(PATTERNS[0]))
+  updates, same = step(gradients[3], state, params, nowhere)
+  trees.assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
+  trees.assert_equal(same, state)
   assert len(compiled) == 1
 
 
 @every_driven_case
 def test_what_is_called_absent_is_as_if_it_were_none(case):
   check_presence(case.make(), trees.layers())
-
-
-def check_that_nothing_changes(tx):
-  """Where no leaf is there, what all leaves share, such as counts of steps, stays as well."""
-  params = trees.layers()
-  first, second = trees.sequence(params, 2)
-  step, count = step_of(tx, []), len(PATTERNS[0])
-  _, state = step(first, tx.init(params), params, flags(params, [True] * count))
-  updates, same = step(second, state, params, flags(params, [False] * count))
-  trees.assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
-  trees.assert_equal(same, state)
-
-
-@every_driven_case
-def test_nothing_changes_where_no_leaf_is_there(case):
-  check_that_nothing_changes(case.make())
-
-
-@some([c for c in CASES if c.kind != "alias"], DRIVEN)
-def test_nothing_changes_in_stacks_where_no_leaf_is_there(case):
-  check_that_nothing_changes(ho.with_leaf_batching(case.make()))
 
 
 @some([c for c in CASES if c.kind != "alias"], DRIVEN)
@@ -122,16 +106,12 @@ def test_what_is_stored_of_a_leaf_that_is_not_there_is_not_rounded_again(store, 
     trees.assert_equal(new, kept)
 
 
-@pytest.mark.parametrize("none", [False, True], ids=["present", "None"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind != "alias"], ids=str)
-def test_the_state_of_a_leaf_that_is_not_there_stays(case, none):
+def test_the_state_of_a_leaf_that_is_not_there_stays(case):
   tx, params = case.make(), trees.layers()
   first, second = trees.sequence(params, 2)
   _, before = jax.jit(tx.update)(first, tx.init(params), params)
-  if none:
-    _, after = jax.jit(tx.update)(without(second, PATTERNS[0]), before, params)
-  else:
-    _, after = jax.jit(tx.update)(second, before, params, present=flags(params, PATTERNS[0]))
+  _, after = jax.jit(tx.update)(without(second, PATTERNS[0]), before, params)
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   absent = [path for path, there in zip(paths, PATTERNS[0]) if not there]
   moved = []

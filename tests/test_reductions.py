@@ -10,6 +10,8 @@ from cases import CASES, EVERYTHING, OFF, REGULARIZERS
 
 import hina_optax as ho
 
+pytestmark = pytest.mark.exact
+
 STEPS = 5
 
 

@@ -66,10 +66,13 @@ def part(
   """
   elements, numbers = dict(elements or {}), dict(numbers or {})
   function = on_leaf(formula, raw)
+  measured = _kinds_by_measure(measure)
 
   def build(inner: Any, guard: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def init(params: Any) -> Any:
       state = begin(state_type, params, elements, numbers, axes)
+      for kinds in measured:
+        kinds(params)  # A pair that lacks a factor is refused before the first update.
       own = dict(shared()) if shared else {}
       if inner is not None:
         own["inner_state"] = inner.init(params)
@@ -96,7 +99,7 @@ def part(
     return init, update
 
   return both_forms(build, inner, Traits(
-    leafwise=True, kinds=() if axes is no_axes else (kinds_by_axes(axes),),
+    leafwise=True, kinds=(() if axes is no_axes else (kinds_by_axes(axes),)) + measured,
     measures=() if measure is None else (measure,)))
 
 
@@ -141,6 +144,10 @@ def kinds_by_axes(rule: paths.SpatialAxes | None) -> traits.Kinds:
             for place, x in zip(places, leaves)]
 
   return kinds
+
+
+def _kinds_by_measure(measure: Any) -> tuple[traits.Kinds, ...]:
+  return () if measure is None or measure.kinds is None else (measure.kinds,)
 
 
 def begin(

@@ -169,7 +169,8 @@ class Step:
     return result, self._wrapped(new)
 
   def _wrapped(self, state: Any) -> Any:
-    counters = [None if c is None else (codecs.next_step(c[0]), c[1]) for c in self.counters]
+    counters = [None if c is None else (self._where_some(codecs.next_step(c[0]), c[0]), c[1])
+                for c in self.counters]
     return codecs.wrapped(self.layers, state, counters)
 
   def _group_by_group(self, add: bool) -> tuple[Any, Any]:

@@ -126,8 +126,10 @@ def in_wrapper(name, wrapper):
   return WRAPPERS[wrapper](optax.with_extra_args_support(INNERS[name]()))
 
 
+# Muon's iteration enlarges what a product rounds.
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", [
+  pytest.param(name, marks=pytest.mark.exact if "muon" in name else []) for name in INNERS])
 def test_inside(name, wrapper):
   if name in ACROSS and wrapper in BY_LEAF:
     with pytest.raises(ValueError, match="outside of the wrapper"):

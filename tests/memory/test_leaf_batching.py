@@ -45,8 +45,8 @@ def steps(params, count=4):
 
 
 # What these have on is in the case with everything on, or batched as a part by itself.
-COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-everything",
-           "scale_by_hina-torque")
+COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-damping",
+           "hina_adaptive-compat-pulling", "scale_by_hina-torque")
 
 
 @pytest.mark.parametrize("case", [

@@ -34,6 +34,7 @@ POOL = (
   {"conv": ((3, 1, 2, 8), _F32), "latents": ((8, 8, 2), _F32), "other": ((8, 8, 2), _F32),
    "none": (), "gone": ((3, 0, 2), _BF16)},
 )
+SMALLEST = 2
 # How a step is computed on which tree. Without jit each operation is compiled by itself, and with
 # eight devices each step waits for all: they come more seldom, and without jit on two trees.
 FORMS = (
@@ -206,12 +207,12 @@ def check(programs: Programs, place, options, seed, exponents, spread) -> None:
         np.asarray(y, np.float64), np.asarray(x, np.float64), *tolerance(case, x))
 
 
-def examples(case: Case):
+def examples(case: Case, forms):
   """Trees, forms, options, seeds and sizes of gradients."""
   numbers = {name: st.floats(*RANGES[name]) for name in options_of(case)}
   exponent = st.floats(-30, 30)
   return dict(
-    place=st.sampled_from(FORMS),
+    place=st.sampled_from(forms),
     options=st.fixed_dictionaries(numbers), seed=st.integers(0, 10_000),
     exponents=st.one_of(
       exponent.map(lambda e: [e] * STEPS), st.lists(exponent, min_size=STEPS, max_size=STEPS)),
@@ -219,13 +220,13 @@ def examples(case: Case):
   )
 
 
-def explore(case: Case, count: int) -> None:
+def explore(case: Case, count: int, forms=FORMS) -> None:
   programs = Programs(case)
 
   @hypothesis.settings(
     max_examples=count, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck))
-  @hypothesis.given(**examples(case))
+  @hypothesis.given(**examples(case, forms))
   def run(**example):
     check(programs, **example)
 
@@ -233,12 +234,10 @@ def explore(case: Case, count: int) -> None:
   jax.clear_caches()
 
 
-SHOWN = ("cautious",)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in SHOWN], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_few_random_examples(case):
-  explore(case, 10)
+  """On the smallest tree, in stacks and by itself: two programs."""
+  explore(case, 6, [(SMALLEST, "batched")])
 
 
 @pytest.mark.slow

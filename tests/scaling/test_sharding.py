@@ -92,6 +92,7 @@ def on(case, shape):
   return pytest.param(case, shape, id=name, marks=[] if shown else [pytest.mark.slow])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("case", "shape"), [on(c, s) for c in CASES for s in MESHES])
 def test_sharded_training_is_that_of_one_device(case, shape):
   tx, params = as_optimizer(case, 1e-2), meshes.parameters()
