@@ -10,11 +10,10 @@ from cases import CASES, EVERYTHING, OFF, REGULARIZERS
 
 import hina_optax as ho
 
-pytestmark = pytest.mark.exact
-
 STEPS = 5
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("case", [c for c in CASES if c.identity], ids=str)
 def test_strength_zero_is_the_identity_bit_for_bit(case):
   params = trees.mixed()
@@ -105,6 +104,7 @@ def original(**options):
     1e-2, **{**OFF, "weight_decay": 0.0, "sd_scripts_compat": True, **options})
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("on", "strength"), [
   (dict(edge_suppression=True), dict(edge_penalty=0.0)),
   (dict(spatial_awareness=True), dict(frequency_penalty=0.0, detail_preservation=0.0)),

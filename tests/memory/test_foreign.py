@@ -126,10 +126,13 @@ def in_wrapper(name, wrapper):
   return WRAPPERS[wrapper](optax.with_extra_args_support(INNERS[name]()))
 
 
-# Muon's iteration enlarges what a product rounds.
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", [
-  pytest.param(name, marks=pytest.mark.exact if "muon" in name else []) for name in INNERS])
+def inside(name, wrapper):
+  """Muon's iteration enlarges what a product rounds, which in a stack is another product."""
+  exact = "muon" in name and "batching" in wrapper
+  return pytest.param(name, wrapper, marks=pytest.mark.exact if exact else [])
+
+
+@pytest.mark.parametrize(("name", "wrapper"), [inside(n, w) for n in INNERS for w in WRAPPERS])
 def test_inside(name, wrapper):
   if name in ACROSS and wrapper in BY_LEAF:
     with pytest.raises(ValueError, match="outside of the wrapper"):

@@ -89,10 +89,11 @@ def check_traffic(compiled, allowed=()):
 def on(case, shape):
   shown = case.name in SHOWN and shape == (4, 2)
   name = f"{case.name}-{shape[0]}x{shape[1]}"
-  return pytest.param(case, shape, id=name, marks=[] if shown else [pytest.mark.slow])
+  # A place just at the quantile of the background may fall on either side of it.
+  marks = [pytest.mark.exact] if "background" in case.name else []
+  return pytest.param(case, shape, id=name, marks=marks + ([] if shown else [pytest.mark.slow]))
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize(("case", "shape"), [on(c, s) for c in CASES for s in MESHES])
 def test_sharded_training_is_that_of_one_device(case, shape):
   tx, params = as_optimizer(case, 1e-2), meshes.parameters()
