@@ -199,8 +199,9 @@ class Step:
         for index, group_result in zip(unit, made_now.groups):
           made[index] = group_result
         new_shared = made_now.shared if new_shared is None else new_shared
-      if number + 1 < len(windows):
-        token, made = _after(token, made, add)
+      # The last one too: v5e's compiler began it before the others otherwise (libtpu 0.0.42).
+      if len(windows) > 1:
+        token, made = _after(token, made, add, columns)
       for index, (updates, entries) in made.items():
         after[index] = entries
         for place, u in zip(self.layout.groups[index].places, updates):
@@ -291,8 +292,11 @@ class Step:
       rows = [c.entries[i][0] if c.kind == "rows" else _numbers(c.node, group)
               if c.kind == "numbers" else None for c in columns]
       if token is not None:
+        # Numbers of leaves wait for nothing: each would be a kernel of its own.
         present = [x for x in g if not paths.is_absent(x)]
-        present, rows, _ = xla_cpu.barrier((present, rows, token))
+        tied = [x if c.kind == "rows" else None for x, c in zip(rows, columns)]
+        present, tied, _ = xla_cpu.barrier((present, tied, token))
+        rows = [x if c.kind == "rows" else y for x, y, c in zip(tied, rows, columns)]
         given = iter(present)
         g = [x if paths.is_absent(x) else next(given) for x in g]
       found.append(update_group.Inputs(
@@ -392,15 +396,21 @@ def _windows(sizes: Sequence[int], limit: int) -> list[list[int]]:
   return windows
 
 
-def _after(token: Any, made: dict[int, Any], add: bool) -> tuple[Any, dict[int, Any]]:
+def _after(
+  token: Any, made: dict[int, Any], add: bool, columns: Sequence[_Column]
+) -> tuple[Any, dict[int, Any]]:
   """A token that is there when the states of a window are closed.
 
   Updates are left out: what is tied could not be added to the parameters in the same kernel.
   """
-  tied = {i: (updates if add else None, entries) for i, (updates, entries) in made.items()}
+  tied = {i: (updates if add else None, [x if c.kind == "rows" else None
+                                         for x, c in zip(entries, columns)])
+          for i, (updates, entries) in made.items()}
   token, tied = xla_cpu.barrier((token, tied))
   return token, {
-    i: (tied[i][0] if add else updates, tied[i][1]) for i, (updates, _) in made.items()}
+    i: (tied[i][0] if add else updates, [x if c.kind == "rows" else y for x, y, c in zip(
+      tied[i][1], entries, columns)])
+    for i, (updates, entries) in made.items()}
 
 
 def _differing(layout: Layout | None, programs: Sequence[Any], settings: Settings) -> str | None:
