@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 import hina_optax
-from hina_optax import memory
+from hina_optax import memory, registry
 
 RATE = 1e-4
 BASELINE = "optax.adamw"
@@ -22,13 +22,8 @@ EVERYTHING = {
 }
 UNBATCHED = {"leaf_batching": False}
 BATCHED = {"leaf_batching": True}
-PARTS = {
-  "agr": "use_agr", "edges": "edge_suppression", "spatial": "spatial_awareness",
-  "background": "background_regularization", "rank": "lora_rank_penalty",
-  "orthogonal": "use_orthogonal_grad", "tam": "use_tam", "adopt": "use_adopt_stability",
-  "cautious": "use_cautious", "lr_mask": "use_lr_mask",
-  "dynamic adaptation": "use_dynamic_adaptation", "spd": "use_spd",
-}
+# What `cautious` does at the same cost.
+SAME = ("use_grams",)
 Make = Callable[[], optax.GradientTransformation]
 
 
@@ -55,7 +50,8 @@ def contenders() -> dict[str, Make]:
     "with_leaf_batching(optax.adamw)": batched_adamw,
     "core": make(hina, **OFF),
     "core, with batching": make(hina, **OFF, **BATCHED),
-    **{f"core + {part}": make(hina, **OFF | {option: True}) for part, option in PARTS.items()},
+    **{f"core + {switch}": make(hina, **OFF | {switch: True})
+       for switch in registry.switches() if switch not in SAME},
     "defaults": make(hina),
     "everything": make(hina, **EVERYTHING),
     "everything, bf16 state": make(hina, **EVERYTHING, reduce_precision=True),

@@ -1,32 +1,17 @@
 """What an optimizer is doing, out of its options and its state."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hina_optax import core, memory, modulators, regularizers
+from hina_optax import memory, registry
 from hina_optax.options import MEMORY_OPTIONS, HinaOptions
+from hina_optax.registry import Figure
 
 _MB = 1 << 20
-# Options by the state that shows they are on.
-_FEATURES: dict[type, str] = {
-  regularizers.AdaptiveGradientRegularizationState: "use_agr",
-  regularizers.SuppressEdgesState: "edge_suppression",
-  regularizers.SuppressHighFrequencyState: "spatial_awareness",
-  regularizers.PreserveDetailState: "spatial_awareness",
-  regularizers.AttenuateBackgroundState: "background_regularization",
-  regularizers.AddRankPenaltyState: "lora_rank_penalty",
-  regularizers.OrthogonalizeToParamsState: "use_orthogonal_grad",
-  modulators.CautiousState: "use_cautious",
-  modulators.GramsState: "use_grams",
-  modulators.SignAgreementState: "use_lr_mask",
-  modulators.ImportanceState: "use_dynamic_adaptation",
-  modulators.ProjectToInitState: "use_spd",
-}
-
 
 def get_optimization_info(state: Any, optimizer: Any = None) -> dict[str, Any]:
   """Says which features are on, how state is kept, and how training stands.
@@ -154,7 +139,7 @@ def _options(optimizer: Any) -> dict[str, Any]:
 
 def _find_parts(state: Any) -> Iterator[Any]:
   """Every part's state inside of `state`, through chains, wrappers and dicts."""
-  if type(state) in _FIGURES or type(state) in _FEATURES:
+  if type(state) in {part.state for part in registry.parts()}:
     yield state
   if isinstance(state, Mapping):
     children: Any = state.values()
@@ -166,14 +151,11 @@ def _find_parts(state: Any) -> Iterator[Any]:
     yield from _find_parts(child)
 
 
-def _features(parts: list[Any]) -> Iterator[str]:
-  seen = set()
-  for part in parts:
-    if isinstance(part, core.ScaleByHinaState) and part.torque is not None:
-      seen.add("use_tam")
-    if type(part) in _FEATURES:
-      seen.add(_FEATURES[type(part)])
-  yield from seen
+def _features(states: list[Any]) -> set[str]:
+  """The switches of the parts whose states these are."""
+  return {
+    name for part in registry.parts() for state in states if type(state) is part.state
+    for name in part.switches if part.shows.get(name, lambda state: True)(state)}
 
 
 def _memory(state: Any) -> dict[str, Any]:
@@ -184,16 +166,25 @@ def _memory(state: Any) -> dict[str, Any]:
   return {"state_bytes": sum(by_dtype.values()), "state_bytes_by_dtype": by_dtype}
 
 
-def _figures(parts: list[Any]) -> dict[str, float]:
+def _figures(states: list[Any]) -> dict[str, float]:
   collected: dict[str, list[float]] = {}
-  for part in parts:
-    for name, read in _FIGURES.get(type(part), {}).items():
-      value = read(part)
-      if value is not None:
-        collected.setdefault(name, []).append(float(value))
+  for part in registry.parts():
+    for state in states:
+      if type(state) is part.state:
+        for name, figure in part.figures.items():
+          value = _read(figure, state)
+          if value is not None:
+            collected.setdefault(name, []).append(float(value))
   figures = {name: float(np.mean(values)) for name, values in collected.items()}
-  steps = [int(np.max(part.count)) for part in parts if "count" in part._fields]
+  steps = [int(np.max(state.count)) for state in states if "count" in state._fields]
   return ({"step": max(steps)} if steps else {}) | figures
+
+
+def _read(figure: Figure, state: Any) -> Any:
+  if figure.read is not None:
+    return jax.jit(figure.read)(_readable(state))
+  numbers = getattr(state, figure.field)
+  return None if numbers is None else _mean(numbers, figure.least)
 
 
 def _mean(vector: Any, least: float = -1.0) -> float | None:
@@ -205,30 +196,7 @@ def _mean(vector: Any, least: float = -1.0) -> float | None:
   return float(values.mean()) if values.size else None
 
 
-@jax.jit
-def _background_share(state: regularizers.AttenuateBackgroundState) -> jax.Array:
-  leaves = [x for x in jax.tree.leaves(_readable(state.background)) if x.size]
-  sums = [jnp.sum(x.astype(jnp.float32)) for x in leaves]
-  return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
-
-
-@jax.jit
-def _mean_scale(state: modulators.SignAgreementState) -> jax.Array:
-  return modulators.mean_scale(_readable(state))
-
-
 def _readable(tree: Any) -> Any:
   """State out of host memory and out of 8 bits."""
   return memory.dequantize_state(jax.device_put(tree, jax.memory.Space.Device))
 
-
-_FIGURES: dict[type, dict[str, Callable[[Any], Any]]] = {
-  regularizers.SuppressEdgesState: {"edge_share": lambda s: _mean(s.edge_share)},
-  regularizers.AttenuateBackgroundState: {"background_share": _background_share},
-  core.ScaleByHinaState: {
-    "torque": lambda s: None if s.torque is None else _mean(s.torque, -2.0)
-  },
-  modulators.CautiousState: {"alignment": lambda s: _mean(s.alignment, -2.0)},
-  modulators.ImportanceState: {"mean_importance": lambda s: _mean(s.importance)},
-  modulators.SignAgreementState: {"mean_rate_scale": _mean_scale},
-}

@@ -1,15 +1,14 @@
-"""Options of `hina_adaptive`: names, ranges, what was removed, and the guide's presets."""
+"""Options of `hina_adaptive`: those that belong to no part, all of them checked, and presets."""
 
-import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-import optax
-
-from hina_optax.base import checks, lora, paths
+from hina_optax import registry
+from hina_optax.base import checks
+from hina_optax.registry import Option
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,167 +19,153 @@ _REPLACEMENT = (
 )
 # Whatever carries one of these words was an option of the removed Fourier features.
 _REMOVED_WORDS = ("fourier", "super_resolution", "adaptive_frequency_weighting")
-# They say where state lies, not what is computed.
-MEMORY_OPTIONS = (
-  "memory_efficient", "vram_budget_gb", "reduce_precision", "cpu_offload_states",
-  "max_buffer_memory_mb", "adaptive_features", "emergency_simplify",
-)
 _OTHER_NAMES = {"lr": "learning_rate", "b1": "betas", "b2": "betas", "mask": "weight_decay_mask"}
 
 
-@dataclasses.dataclass(frozen=True)
-class HinaOptions:
-  """The options of one `hina_adaptive`, checked. Defaults stand in its signature alone."""
-
-  learning_rate: optax.ScalarOrSchedule
-  betas: tuple[float, float]
-  eps: float
-  weight_decay: float
-  edge_suppression: bool
-  edge_penalty: float
-  edge_threshold: float
-  spatial_awareness: bool
-  frequency_penalty: float
-  detail_preservation: float
-  background_regularization: bool
-  background_regularization_mode: str
-  lora_rank_penalty: bool
-  rank_penalty_strength: float
-  low_rank_emphasis: float
-  use_agr: bool
-  use_orthogonal_grad: bool
-  use_tam: bool
-  tam_beta: float | None
-  use_adopt_stability: bool
-  use_cautious: bool
-  use_grams: bool
-  use_lr_mask: bool
-  lr_bump: float | None
-  min_lr: float | None
-  max_lr: float | None
-  warmup_steps: int
-  reference_lr: float | None
-  use_dynamic_adaptation: bool
-  adaptation_strength: float
-  relationship_discovery_interval: int
-  importance_decay: float
-  compatibility_threshold: float
-  intrinsic_importance: str
-  dynamic_weight_decay: bool
-  wd_transition_steps: int
-  wd_decay_factor: float
-  wd_min_ratio: float
-  weight_decay_mask: Any
-  use_spd: bool
-  spd_lambda: float
-  unpaired: str
-  lora_pattern: str | None
-  spatial_axes: paths.SpatialAxes | None
-  sd_scripts_compat: bool
-  memory_efficient: bool
-  vram_budget_gb: float | None
-  reduce_precision: bool
-  cpu_offload_states: bool
-  max_buffer_memory_mb: float | None
-  adaptive_features: bool
-  emergency_simplify: bool
-  leaf_batching: bool | None
-  max_batched_elements: int | None
-
-  def __post_init__(self) -> None:
-    """Checks every option under the name the user gave it."""
-    for field in dataclasses.fields(self):
-      if field.type in (bool, "bool"):
-        checks.flag(field.name, getattr(self, field.name))
-    for check, names in _RANGES:
-      for name in names:
-        if (value := getattr(self, name)) is not None:
-          check(name, value)
-    self._check_betas()
-    self._check_choices()
-    self._check_combinations()
-
-  def _check_betas(self) -> None:
-    if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-      raise ValueError(f"betas must be a pair (b1, b2), got {self.betas!r}.")
-    for i, beta in enumerate(self.betas):
-      checks.decay(f"betas[{i}]", beta)
-
-  def _check_choices(self) -> None:
-    if not callable(self.learning_rate):
-      checks.number("learning_rate", self.learning_rate)
-    checks.choice(
-      "background_regularization_mode", self.background_regularization_mode, ("simple", "fast")
-    )
-    checks.choice("intrinsic_importance", self.intrinsic_importance, ("full", "estimated"))
-    checks.choice("unpaired", self.unpaired, ("ignore", "nuclear"))
-    checks.rule("spatial_axes", self.spatial_axes)
-    lora.compile_pattern(self.lora_pattern)
-    checks.structural("leaf_batching", self.leaf_batching)
-    if self.leaf_batching is not None:
-      checks.flag("leaf_batching", self.leaf_batching)
-    checks.structural("max_batched_elements", self.max_batched_elements)
-    if self.max_batched_elements is not None:
-      checks.integer("max_batched_elements", self.max_batched_elements, 1)
-    for name in ("vram_budget_gb", "max_buffer_memory_mb"):
-      checks.structural(name, getattr(self, name))
-      if getattr(self, name) is not None:
-        checks.number(name, getattr(self, name), open_low=True)
-
-  def _check_combinations(self) -> None:
-    if not self.sd_scripts_compat:
-      checks.fraction("edge_threshold", self.edge_threshold)
-      if self.use_grams and self.use_cautious:
-        raise ValueError(
-          "use_grams gives every update the sign of its gradient, which leaves use_cautious "
-          "nothing to mask. Set one of use_grams and use_cautious to False."
-        )
-      if self.use_lr_mask and not callable(self.learning_rate):
-        if self.max_lr is not None:
-          checks.ordered("learning_rate", self.learning_rate, "max_lr", self.max_lr)
-        if self.min_lr is not None:
-          checks.ordered("min_lr", self.min_lr, "learning_rate", self.learning_rate)
-    if self.min_lr is not None and self.max_lr is not None:
-      checks.ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
-
-  def as_dict(self) -> dict[str, Any]:
-    """The options by name."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+def _check_learning_rate(name: str, value: Any) -> None:
+  if not callable(value):
+    checks.number(name, value)
 
 
-_RANGES: tuple[tuple[Callable[[str, Any], None], tuple[str, ...]], ...] = (
-  (functools.partial(checks.number, open_low=True),
-   ("eps", "reference_lr", "wd_transition_steps")),
-  (checks.number, (
-    "weight_decay", "edge_penalty", "edge_threshold", "frequency_penalty", "rank_penalty_strength",
-    "lr_bump", "min_lr", "max_lr", "adaptation_strength",
-  )),
-  (functools.partial(checks.number, low=1.0), ("low_rank_emphasis",)),
-  (checks.fraction, (
-    "detail_preservation", "compatibility_threshold", "wd_min_ratio", "spd_lambda",
-  )),
-  (checks.decay, ("tam_beta", "importance_decay")),
-  (functools.partial(checks.number, high=1.0, open_low=True), ("wd_decay_factor",)),
-  (functools.partial(checks.integer, low=0), ("warmup_steps",)),
-  (functools.partial(checks.integer, low=1), ("relationship_discovery_interval",)),
+registry.register_options(
+  Option("learning_rate", 1e-3, registry.Allowed(_check_learning_rate, ">= 0, or a schedule"),
+         "step size, a number or an optax schedule"),
+  Option("spatial_axes", None, registry.RULE,
+         "`f(path, leaf) -> axes` along which neighbours are compared; `None`: "
+         "`flax_spatial_axes`", "give `torch_spatial_axes` for PyTorch's order"),
+  Option("sd_scripts_compat", False, registry.FLAG,
+         "the PyTorch original's arithmetic, step by step, faults included"),
+)
+# They say where state lies, not what is computed.
+_MEMORY = (
+  Option("memory_efficient", False, registry.FLAG,
+         "keep state as `plan_memory` advises for the budget, or without one for what the device "
+         "reports"),
+  Option("vram_budget_gb", None, registry.structural(registry.POSITIVE),
+         "GB (2^30 bytes) for parameters, gradients and state; implies `memory_efficient`"),
+  Option("reduce_precision", False, registry.FLAG, "keep state in bf16, rounded stochastically",
+         "rounded to nearest"),
+  Option("cpu_offload_states", False, registry.FLAG, "keep state in host memory"),
+  Option("max_buffer_memory_mb", None, registry.structural(registry.POSITIVE),
+         "MB (2^20 bytes) of hosted state that are on the device at once; `None`: 128, or the "
+         "state of the largest parameter"),
+  Option("adaptive_features", False, registry.FLAG, "plan for 80% of the budget"),
+  Option("emergency_simplify", False, registry.FLAG,
+         "above 90% of the budget first switch off features with large state, with a warning"),
+)
+MEMORY_OPTIONS = tuple(option.name for option in _MEMORY)
+registry.register_options(
+  *_MEMORY,
+  Option("leaf_batching", None, registry.structural(registry.FLAG),
+         "stack leaves of equal shape; `None`: wherever a part beyond Adam's moments and weight "
+         "decay is on"),
+  Option("max_batched_elements", None, registry.structural(registry.whole(1)),
+         "elements up to which a leaf is stacked; `None`: 2**20"),
 )
 
 
-def explain_unknown_options(factory: Callable[P, R]) -> Callable[P, R]:
-  """Turns an unknown keyword into an error that helps, and keeps the factory's signature."""
-  known = tuple(inspect.signature(factory).parameters)
+class HinaOptions(Mapping[str, Any]):
+  """The options of one `hina_adaptive`, checked: attributes, and a mapping of their names.
 
-  @functools.wraps(factory)
-  def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-    for name in kwargs:
+  Options that are not given have the defaults of `hina_optax.registry`.
+
+  Raises:
+    ValueError: an option is unknown, lies outside its range, or does not go with another.
+    TypeError: an option has the wrong type.
+  """
+
+  __slots__ = ("_values",)
+
+  def __init__(self, **given: Any):
+    """Checks every option under the name the user gave it."""
+    known = registry.options()
+    for name in given:
       if name not in known:
         raise_unknown_option(name, known)
-    return factory(*args, **kwargs)
+    values = {name: given.get(name, option.default) for name, option in known.items()}
+    object.__setattr__(self, "_values", values)
+    for name, option in known.items():
+      option.check(values[name])
+    for part in registry.parts():
+      if part.check is not None:
+        part.check(self)
 
-  return checked
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("_"):  # copies ask before there is a value
+      raise AttributeError(name)
+    try:
+      return self._values[name]
+    except KeyError:
+      raise AttributeError(f"hina_adaptive has no option '{name}'.") from None
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    raise AttributeError(f"options cannot be changed; make others by replace({name}=...).")
+
+  def __getitem__(self, name: str) -> Any:
+    return self._values[name]
+
+  def __iter__(self) -> Any:
+    return iter(self._values)
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def __hash__(self) -> int:
+    return hash(tuple(self._values))
+
+  def __reduce__(self) -> Any:
+    return functools.partial(HinaOptions, **self._values), ()
+
+  def __repr__(self) -> str:
+    defaults = {name: option.default for name, option in registry.options().items()}
+    changed = (f"{name}={value!r}" for name, value in self._values.items()
+               if repr(value) != repr(defaults.get(name)))
+    return f"HinaOptions({', '.join(changed)})"
+
+  def replace(self, **changes: Any) -> "HinaOptions":
+    """The same options but for these."""
+    return HinaOptions(**{**self._values, **changes})
+
+  def as_dict(self) -> dict[str, Any]:
+    """The options by name."""
+    return dict(self._values)
 
 
-def raise_unknown_option(name: str, known: tuple[str, ...]) -> None:
+def with_registered_options(
+  rebuilt: Callable[..., Any]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+  """A decorator of a factory, which then also takes the options of parts from elsewhere.
+
+  They stand in its signature as long as their parts are registered. An unknown keyword is an error
+  that helps. `rebuilt(made, **options)` gives what the factory made, with these options as well.
+  """
+  def decorator(factory: Callable[P, R]) -> Callable[P, R]:
+    signature = inspect.signature(factory)
+    own = signature.parameters
+
+    @functools.wraps(factory)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+      known = registry.options()
+      for name in kwargs:
+        if name not in known:
+          raise_unknown_option(name, known)
+      more = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
+      made = factory(*args, **kwargs)
+      return rebuilt(made, **more) if more else made
+
+    def extend_signature() -> None:
+      more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+              for name, option in registry.options().items() if name not in own]
+      checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own.values(), *more])
+
+    registry.watch(extend_signature)
+    return checked
+
+  return decorator
+
+
+def raise_unknown_option(name: str, known: Iterable[str]) -> None:
   """Raises for an option that does not exist: what replaced it, or the nearest name.
 
   Raises:

@@ -1,6 +1,5 @@
 """Memory before and during training: `plan_memory` and `optimize_for_vram`."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,4 +150,4 @@ def _options(optimizer: Any) -> HinaOptions | None:
 def _with_budget(options: HinaOptions, vram_budget_gb: float | None) -> HinaOptions:
   if vram_budget_gb is None:
     return options
-  return dataclasses.replace(options, vram_budget_gb=vram_budget_gb)
+  return options.replace(vram_budget_gb=vram_budget_gb)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hina_optax as ho
+from hina_optax import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +19,17 @@ class Case:
   Attributes:
     name: of the case.
     make: builds the transformation from nothing.
-    kind: "regularizer", "core", "modulator", "decay" or "alias".
+    kind: the part's place in the chain (`registry.PLACES`), or "alias".
     identity: builds it with strength 0 (or what switches it off); `None` where nothing does.
     factory: for `inject_hyperparams`: called with `kwargs`; `None` where an argument is a
       transformation.
     kwargs: arguments of `factory`.
     reads_params: whether `update` needs `params`.
     scale_free: whether scaling the gradient scales the update and changes nothing else.
-    converges: learning rate and steps with which it minimises a parabola; `None` where it does not
-      by itself (a regularizer of the loss moves the minimum).
+    converges: whether it minimises a parabola (a regularizer of the loss moves the minimum).
+    costly: whether it takes so long to compile that tests of how a transformation is driven,
+      rather than of what it computes, leave it to `make slow`.
+    rare: whether all tests do; what is its own the cases of the parts cover.
   """
 
   name: str
@@ -38,94 +41,51 @@ class Case:
   reads_params: bool = False
   scale_free: bool = False
   converges: bool = True
+  costly: bool = False
+  rare: bool = False
 
   def __str__(self) -> str:
     return self.name
 
+  @property
+  def wraps(self) -> bool:
+    """Whether the part takes another transformation as its argument."""
+    return self.kind in WRAPPING
 
-def _part(name: str, kind: str, factory: Callable[..., Any], off: dict[str, Any] | None = None,
-          label: str = "", *, reads_params: bool = False, scale_free: bool = False,
-          converges: bool = True, **kwargs: Any) -> Case:
-  return Case(
-    name=f"{name}-{label}" if label else name,
-    make=functools.partial(factory, **kwargs),
-    kind=kind,
-    identity=None if off is None else functools.partial(factory, **{**kwargs, **off}),
-    factory=factory,
-    kwargs=kwargs,
-    reads_params=reads_params,
-    scale_free=scale_free,
-    converges=converges,
-  )
+  @property
+  def steps(self) -> bool:
+    """Whether its updates can be added to parameters as they are."""
+    return self.kind in ("alias", "step")
 
 
-def _wrapper(name: str, factory: Callable[..., Any], off: dict[str, Any] | None = None,
-             label: str = "", inner: Callable[[], Any] = ho.scale_by_hina,
-             **options: Any) -> Case:
-  flags = {k: options.pop(k) for k in ("reads_params", "scale_free", "converges") if k in options}
+WRAPPING = ("direction", "rate", "step")
 
+
+def cases_of(part: registry.Part) -> tuple[Case, ...]:
+  """One case for each example that the part gives."""
+  return tuple(_case(part, label, dict(kwargs)) for label, kwargs in part.examples.items())
+
+
+def _case(part: registry.Part, label: str, kwargs: dict[str, Any]) -> Case:
   def make(**changed: Any) -> optax.GradientTransformationExtraArgs:
-    return factory(inner(), **{**options, **changed})
+    arguments = {**kwargs, **changed}
+    if part.place not in WRAPPING:
+      return part.factory(**arguments)
+    return part.factory(_descent() if part.place == "step" else ho.scale_by_hina(), **arguments)
 
   return Case(
-    name=f"{name}-{label}" if label else name, make=make, kind="modulator",
-    identity=None if off is None else functools.partial(make, **off), **flags,
-  )
-
-
-def _momentum() -> optax.GradientTransformation:
-  return optax.ema(0.9)
+    name=f"{part.name}-{label}" if label else part.name, make=make, kind=part.place,
+    identity=None if part.identity is None else functools.partial(make, **part.identity),
+    factory=None if part.place in WRAPPING else part.factory, kwargs=kwargs,
+    reads_params=part.reads_params, scale_free=part.scale_free, converges=not part.moves_minimum)
 
 
 def _descent() -> optax.GradientTransformationExtraArgs:
   return optax.chain(ho.scale_by_hina(), optax.scale_by_learning_rate(0.05))
 
 
-REGULARIZERS = (
-  _part("suppress_edges", "regularizer", ho.suppress_edges, {"strength": 0.0},
-        scale_free=True, strength=0.5, threshold=0.3),
-  _part("suppress_high_frequency", "regularizer", ho.suppress_high_frequency, {"strength": 0.0},
-        scale_free=True, strength=0.7),
-  _part("preserve_detail", "regularizer", ho.preserve_detail, {"detail_preservation": 1.0},
-        scale_free=True, detail_preservation=0.3),
-  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0},
-        scale_free=True, strength=0.8),
-  _part("attenuate_background", "regularizer", ho.attenuate_background, {"strength": 0.0}, "fast",
-        scale_free=True, strength=0.8, mode="fast"),
-  _part("add_rank_penalty", "regularizer", ho.add_rank_penalty, {"strength": 0.0},
-        reads_params=True, strength=0.1, emphasis=1.5, unpaired="nuclear", converges=False),
-  # AGR takes a gradient that stands in one element for its whole share: there it stops.
-  _part("adaptive_gradient_regularization", "regularizer", ho.adaptive_gradient_regularization,
-        scale_free=True, converges=False),
-  _part("orthogonalize_to_params", "regularizer", ho.orthogonalize_to_params,
-        reads_params=True, scale_free=True, converges=False),
-)
-
-CORES = (
-  _part("scale_by_hina", "core", ho.scale_by_hina),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque", torque="average"),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-sum", torque="sum"),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "adopt", stability="adopt"),
-  _part("scale_by_hina", "core", ho.scale_by_hina, None, "torque-adopt",
-        torque="average", stability="adopt"),
-)
-
-MODULATORS = (
-  _wrapper("cautious", ho.cautious),
-  _wrapper("grams", ho.grams),
-  _wrapper("scale_by_sign_agreement", ho.scale_by_sign_agreement, {"bump": 0.0},
-           bump=0.3, min_scale=0.25, max_scale=1.7, warmup_steps=15),
-  _wrapper("scale_by_importance", ho.scale_by_importance, {"strength": 0.0},
-           reads_params=True, interval=3, decay=0.5),
-  _wrapper("project_to_init", ho.project_to_init, {"strength": 0.0},
-           inner=_descent, reads_params=True, strength=0.5),
-)
-
-DECAYS = (
-  _part("add_scheduled_weight_decay", "decay", ho.add_scheduled_weight_decay,
-        {"weight_decay": 0.0}, reads_params=True, weight_decay=0.5, transition_steps=5,
-        converges=False),
-)
+PARTS = tuple(case for part in registry.parts() for case in cases_of(part))
+REGULARIZERS = tuple(case for case in PARTS if case.kind == "gradient")
 
 OFF = {
   name: False
@@ -140,19 +100,20 @@ EVERYTHING: dict[str, Any] = dict(
 )
 
 
-def _alias(label: str, converges: bool = True, **options: Any) -> Case:
+def _alias(label: str, converges: bool = True, costly: bool = True, rare: bool = False,
+           **options: Any) -> Case:
   options = {"learning_rate": 1e-2, **options}
   return Case(
     name=f"hina_adaptive-{label}", make=functools.partial(ho.hina_adaptive, **options),
     kind="alias", factory=ho.hina_adaptive, kwargs=options, reads_params=True, converges=converges,
-  )
+    costly=costly, rare=rare)
 
 
 ALIASES = (
-  _alias("defaults", weight_decay=0.0),
+  _alias("defaults", costly=False, weight_decay=0.0),
   _alias("everything", **EVERYTHING, converges=False),
-  _alias("grams-fast", use_cautious=False, use_grams=True, background_regularization_mode="fast",
-         weight_decay=0.0),
+  _alias("grams-fast", rare=True, use_cautious=False, use_grams=True,
+         background_regularization_mode="fast", weight_decay=0.0),
   _alias("compat-everything", **EVERYTHING, sd_scripts_compat=True, converges=False),
   # The stages of the original: those that leave the minimum where it is, and those that move it.
   _alias("compat-damping", **{
@@ -169,27 +130,31 @@ ALIASES = (
     converges=False),
 )
 
-CASES = (*REGULARIZERS, *CORES, *MODULATORS, *DECAYS, *ALIASES)
-# Each costs many compilations of the whole chain; what is its own in it the parts' cases cover.
-RARE = ("hina_adaptive-grams-fast",)
+CASES = (*PARTS, *ALIASES)
 
 
 def as_optimizer(case: Case, learning_rate: Any = 0.05) -> optax.GradientTransformation:
   """The case as something whose updates can be added to parameters."""
-  if case.kind == "alias" or case.name.startswith("project_to_init"):
+  if case.steps:
     return case.make()
   return optax.chain(case.make(), optax.scale_by_learning_rate(learning_rate))
 
 
-def some(cases: Iterable[Case], slow: Iterable[str]) -> Any:
-  """Parametrizes over `cases`, those named in `slow` only where slow tests run."""
-  marked = [pytest.param(c, marks=[pytest.mark.slow] if c.name in slow else []) for c in cases]
+def some(cases: Iterable[Case], slow: Callable[[Case], bool]) -> Any:
+  """Parametrizes over `cases`, those of which `slow` is true only where slow tests run."""
+  marked = [pytest.param(c, marks=[pytest.mark.slow] if slow(c) else []) for c in cases]
   return pytest.mark.parametrize("case", marked, ids=str)
 
 
-every_case = some(CASES, RARE)
-# How a transformation is driven, rather than what it computes: of the chain the defaults stand for
-# all.
-DRIVEN = (*RARE, "hina_adaptive-everything", "hina_adaptive-compat-everything",
-          "hina_adaptive-compat-damping", "hina_adaptive-compat-pulling")
-every_driven_case = some(CASES, DRIVEN)
+def is_rare(case: Case) -> bool:
+  """Whether it is tried by slow tests alone."""
+  return case.rare
+
+
+def is_costly(case: Case) -> bool:
+  """Whether tests of how a transformation is driven leave it out."""
+  return case.rare or case.costly
+
+
+every_case = some(CASES, is_rare)
+every_driven_case = some(CASES, is_costly)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES, DRIVEN, EVERYTHING, as_optimizer, every_case, some
+from cases import EVERYTHING, as_optimizer, every_case, every_driven_case
 from jax.sharding import AxisType, PartitionSpec
 
 import hina_optax as ho
@@ -91,7 +91,7 @@ def check_apply(tx, params, gradients):
     trees.assert_close(actual, expected)
 
 
-@some(CASES, DRIVEN)
+@every_driven_case
 def test_apply_is_an_update_and_its_addition(case):
   params = trees.layers()
   check_apply(driven(case), params, trees.sequence(params, 2))

@@ -28,8 +28,8 @@ REPORTS = {
 # Lower may not import higher.
 LAYERS = [
   {"base"},
-  {"grouped", "options"},
-  {"regularizers", "core", "modulators", "memory"},
+  {"grouped", "registry"},
+  {"options", "regularizers", "core", "modulators", "memory"},
   {"compat"},
   {"alias"},
   {"info", "planning", "checkpoints"},

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import trees
-from cases import CASES, DRIVEN, EVERYTHING, some
+from cases import EVERYTHING, every_driven_case
 
 import hina_optax as ho
 from hina_optax.grouped import xla_cpu
@@ -75,7 +75,7 @@ def driven(case):
   return case.make() if case.kind == "alias" else ho.with_leaf_batching(case.make())
 
 
-@some(CASES, DRIVEN)
+@every_driven_case
 def test_a_program_for_cpus_gives_the_numbers_of_the_plain_one(case, monkeypatch):
   params = trees.layers()
   gradients = trees.sequence(params, 4)

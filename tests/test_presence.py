@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import trees
-from cases import CASES, DRIVEN, every_driven_case, some
+from cases import PARTS, every_driven_case
 
 import hina_optax as ho
 from hina_optax.base.positions import LeafNumbers
@@ -70,7 +70,7 @@ def test_what_is_called_absent_is_as_if_it_were_none(case):
   check_presence(case.make(), trees.layers())
 
 
-@some([c for c in CASES if c.kind != "alias"], DRIVEN)
+@pytest.mark.parametrize("case", PARTS, ids=str)
 def test_in_stacks_as_well(case):
   check_presence(ho.with_leaf_batching(case.make()), trees.layers())
 
@@ -106,7 +106,7 @@ def test_what_is_stored_of_a_leaf_that_is_not_there_is_not_rounded_again(store, 
     trees.assert_equal(new, kept)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind != "alias"], ids=str)
+@pytest.mark.parametrize("case", PARTS, ids=str)
 def test_the_state_of_a_leaf_that_is_not_there_stays(case):
   tx, params = case.make(), trees.layers()
   first, second = trees.sequence(params, 2)

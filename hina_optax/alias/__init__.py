@@ -1,6 +1,5 @@
 """`hina_adaptive`: the guide's optimizer, by its options. No mathematics here."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +8,13 @@ import jax
 import optax
 
 from hina_optax import memory
-from hina_optax.alias import _chain, _memory_options, _out_of_memory, _rate_units
+from hina_optax.alias import _chain, _memory_options, _out_of_memory
 from hina_optax.base import paths, traits
 from hina_optax.base.traits import Traits
 from hina_optax.grouped import driver
 from hina_optax.grouped.layout import Layout
-from hina_optax.options import HinaOptions, explain_unknown_options
+from hina_optax.modulators import rate_units
+from hina_optax.options import HinaOptions, with_registered_options
 
 
 class HinaTransformation(optax.GradientTransformationExtraArgs):
@@ -36,7 +36,11 @@ class HinaTransformation(optax.GradientTransformationExtraArgs):
     return traits.traits_of(self).decide
 
 
-@explain_unknown_options
+def _rebuilt(made: Any, **options: Any) -> Any:
+  return traits.traits_of(made).rebuilt(**options)
+
+
+@with_registered_options(_rebuilt)
 def hina_adaptive(
   learning_rate: optax.ScalarOrSchedule = 1e-3,
   *,
@@ -223,7 +227,7 @@ def build(o: HinaOptions) -> HinaTransformation:
       return driver.settings_of(decide(params, state).stored)(params, state)
 
   known = Traits(options=o, decide=decide, rebuilt=lambda **changes: build(
-    dataclasses.replace(o, **changes)))
+    o.replace(**changes)))
   made = driver.transformation(resolve, known)
   init = _out_of_memory.explained(made.init, o, plan_of)
   return HinaTransformation(*traits.with_traits(init, made.update, traits.traits_of(made)))
@@ -235,9 +239,9 @@ def plan_of(o: HinaOptions, params: Any, reserve: int = 0) -> memory.MemoryPlan:
   return _decide(o, shapes, _chain.layout_of(o, params), reserve).plan
 
 
-def relative_rates(o: HinaOptions) -> _rate_units.RateUnits:
+def relative_rates(o: HinaOptions) -> rate_units.RateUnits:
   """The rates of elements, in multiples of the common one."""
-  return _rate_units.resolve(o)
+  return rate_units.resolve(o)
 
 
 def _decide(

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from hina_optax import core, memory, modulators, regularizers
-from hina_optax.alias import _rate_units
+from hina_optax import memory, modulators, registry
 from hina_optax.base import paths, traits
 from hina_optax.base.traits import Traits
 from hina_optax.compat import sd_scripts
@@ -16,6 +15,7 @@ from hina_optax.grouped import driver
 from hina_optax.grouped.driver import Settings, Stacking
 from hina_optax.grouped.layout import Layout
 from hina_optax.grouped.measures import LeafGroups, Measure
+from hina_optax.modulators import rate_units
 from hina_optax.options import HinaOptions
 
 # The extra argument in which each leaf is told whether weight decay acts on it.
@@ -26,9 +26,9 @@ def settings_of(o: HinaOptions) -> Settings:
   """What the driver runs for these options."""
   mask = None if o.weight_decay_mask is None else functools.partial(_masked, o.weight_decay_mask)
   if o.sd_scripts_compat:
-    parts = sd_scripts.sd_scripts_chain(o, mask, rate_units=_rate_units.resolve(o))
+    parts = sd_scripts.sd_scripts_chain(o, mask, rate_units=rate_units.resolve(o))
   else:
-    parts = traits.chain(*_regularizers(o), _optimizer(o, mask))
+    parts = traits.chain(*(part.build(o) for part in _on(o, "gradient")), _step(o, mask))
   batches = _is_more_than_adam(o) if o.leaf_batching is None else o.leaf_batching
   limit = memory.MAX_ELEMENTS if o.max_batched_elements is None else int(o.max_batched_elements)
   return Settings(
@@ -58,65 +58,29 @@ def layout_of(o: HinaOptions, params: Any) -> Layout | None:
 
 def _is_more_than_adam(o: HinaOptions) -> bool:
   """Whether a part is on that sums over leaves or compares neighbours: long programs per leaf."""
-  return any((
-    o.use_agr, o.edge_suppression, o.spatial_awareness, o.background_regularization,
-    o.lora_rank_penalty, o.use_orthogonal_grad, o.use_tam, o.use_adopt_stability, o.use_cautious,
-    o.use_grams, o.use_lr_mask, o.use_dynamic_adaptation, o.use_spd,
-  ))
+  return any(getattr(o, name) for name in registry.switches())
 
 
-def _regularizers(o: HinaOptions) -> list[optax.GradientTransformationExtraArgs]:
-  axes, parts = o.spatial_axes, []
-  if o.use_agr:
-    parts.append(regularizers.adaptive_gradient_regularization())
-  if o.edge_suppression:
-    parts.append(regularizers.suppress_edges(
-      o.edge_penalty, o.edge_threshold, spatial_axes=axes))
-  if o.spatial_awareness:
-    parts.append(regularizers.suppress_high_frequency(o.frequency_penalty, spatial_axes=axes))
-    parts.append(regularizers.preserve_detail(o.detail_preservation, spatial_axes=axes))
-  if o.background_regularization:
-    parts.append(regularizers.attenuate_background(
-      mode=o.background_regularization_mode, spatial_axes=axes))
-  if o.lora_rank_penalty:
-    parts.append(regularizers.add_rank_penalty(
-      o.rank_penalty_strength, o.low_rank_emphasis, unpaired=o.unpaired,
-      lora_pattern=o.lora_pattern))
-  if o.use_orthogonal_grad:
-    parts.append(regularizers.orthogonalize_to_params())
-  return parts
+def _on(o: HinaOptions, place: str) -> list[registry.Part]:
+  return [part for part in registry.parts(place) if part.asked_for(o)]
 
 
-def _modulated(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
-  direction = core.scale_by_hina(
-    o.betas[0], o.betas[1], o.eps, torque="average" if o.use_tam else None,
-    torque_decay=0.9 if o.tam_beta is None else o.tam_beta,
-    stability="adopt" if o.use_adopt_stability else None)
-  if o.use_cautious:
-    direction = modulators.cautious(direction)
-  elif o.use_grams:
-    direction = modulators.grams(direction)
-  rules = []
-  if o.use_lr_mask:
-    units = _rate_units.resolve(o)
-    rules.append(modulators.sign_agreement_rule(
-      units.bump, units.min_scale, units.max_scale, o.warmup_steps))
-  if o.use_dynamic_adaptation:
-    rules.append(modulators.importance_rule(
-      o.adaptation_strength, interval=o.relationship_discovery_interval,
-      decay=o.importance_decay, compatibility_threshold=o.compatibility_threshold,
-      intrinsic_importance=o.intrinsic_importance))
+def _direction(o: HinaOptions) -> optax.GradientTransformationExtraArgs:
+  direction = _on(o, "moments")[-1].build(o)
+  for part in _on(o, "direction"):
+    direction = part.build(o, direction)
+  rules = [part.build(o) for part in _on(o, "rate")]
   return modulators.scale_by_rates(direction, rules) if rules else direction
 
 
-def _optimizer(o: HinaOptions, mask: Any) -> optax.GradientTransformationExtraArgs:
-  decay = core.add_scheduled_weight_decay(
-    o.weight_decay, transition_steps=o.wd_transition_steps if o.dynamic_weight_decay else None,
-    factor=o.wd_decay_factor, min_ratio=o.wd_min_ratio)
-  steps = traits.chain(
-    _modulated(o), decay if mask is None else mask(decay),
+def _step(o: HinaOptions, mask: Any) -> optax.GradientTransformationExtraArgs:
+  decays = [part.build(o) for part in _on(o, "decay")]
+  step = traits.chain(
+    _direction(o), *(decays if mask is None else map(mask, decays)),
     traits.leafwise(optax.scale_by_learning_rate(o.learning_rate)))
-  return modulators.project_to_init(steps, o.spd_lambda) if o.use_spd else steps
+  for part in _on(o, "step"):
+    step = part.build(o, step)
+  return step
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("acts",))

@@ -7,15 +7,13 @@ from typing import Any
 
 import optax
 
-from hina_optax import memory
+from hina_optax import memory, registry
 from hina_optax.options import HinaOptions
 
 Build = Callable[[HinaOptions], optax.GradientTransformationExtraArgs]
 
 # The guide's: above the first share of the budget re-plan, above the second simplify.
 ADAPT_ABOVE, SIMPLIFY_ABOVE = 0.8, 0.9
-# Features whose state is one number a parameter, the least missed first.
-_OPTIONAL = ("background_regularization", "spatial_awareness", "use_lr_mask", "use_spd")
 
 
 def is_planned(o: HinaOptions) -> bool:
@@ -63,12 +61,18 @@ def _simplified(
   if not o.emergency_simplify or wanted.budget is None:
     return o, ()
   free = wanted._replace(budget=None)
-  for name in _OPTIONAL:
+  for name in _given_up_first():
     if not getattr(o, name):
       continue
     used = memory.plan_state(build(o), params, free).device_bytes + wanted.reserve
     if used <= SIMPLIFY_ABOVE * wanted.budget:
       break
-    off: dict[str, Any] = {name: False}
-    o, dropped = dataclasses.replace(o, **off), [*dropped, name]
+    o, dropped = o.replace(**{name: False}), [*dropped, name]
   return o, tuple(dropped)
+
+
+def _given_up_first() -> list[str]:
+  """Switches of the parts that may be given up, the least missed first."""
+  ordered = sorted((part.given_up, name) for part in registry.parts()
+                   if part.given_up is not None for name in part.switches)
+  return list(dict.fromkeys(name for _, name in ordered))

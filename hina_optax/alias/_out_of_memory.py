@@ -1,6 +1,5 @@
 """What to say, and to propose, when the state of an optimizer does not fit."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +46,7 @@ def _message(options: HinaOptions, plan: Plan, error: Exception) -> str:
 def _proposal(options: HinaOptions, plan: Plan, now: memory.MemoryPlan) -> str:
   for share in _SHARES:
     target = _rounded_up(share * now.device_bytes / memory.GB)
-    smaller = plan(dataclasses.replace(options, vram_budget_gb=target))
+    smaller = plan(options.replace(vram_budget_gb=target))
     if smaller.fits and smaller.device_bytes < now.device_bytes:
       return (
         f"Try hina_adaptive(..., vram_budget_gb={target:g}), which needs "

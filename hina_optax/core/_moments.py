@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
+from hina_optax.registry import Figure, Option, Part
 
 _TORQUE_EPS = 1e-8
 
@@ -143,3 +145,40 @@ def _adam_direction(
     return mu / (jnp.sqrt(nu) + numerics.scalar(eps, mu.dtype))
   first, second = (numerics.debias(b, count, mu.dtype) for b in betas)
   return (mu / first) / (jnp.sqrt(nu / second) + numerics.scalar(eps, mu.dtype))
+
+
+def _check_betas(name: str, value: Any) -> None:
+  if not isinstance(value, (tuple, list)) or len(value) != 2:
+    raise ValueError(f"{name} must be a pair (b1, b2), got {value!r}.")
+  for i, beta in enumerate(value):
+    checks.decay(f"{name}[{i}]", beta)
+
+
+def _build(options):
+  return scale_by_hina(
+    options.betas[0], options.betas[1], options.eps,
+    torque="average" if options.use_tam else None,
+    torque_decay=0.9 if options.tam_beta is None else options.tam_beta,
+    stability="adopt" if options.use_adopt_stability else None)
+
+
+registry.register(Part(
+  scale_by_hina, ScaleByHinaState, "moments", 10, (
+    Option("betas", (0.9, 0.999), registry.Allowed(_check_betas, "a pair, each in [0, 1)"),
+           "decays of the two moments"),
+    Option("eps", 1e-8, registry.POSITIVE, "added to the root of the second moment"),
+    Option("use_tam", True, registry.FLAG, "torque-aware momentum (`torque` of `scale_by_hina`)",
+           "torque on the direction"),
+    Option("tam_beta", None, registry.DECAY, "decay of the torque; `None`: 0.9",
+           "`None`: 0.999, nearly a constant 0.5"),
+    Option("use_adopt_stability", True, registry.FLAG,
+           "ADOPT's second moment (`stability` of `scale_by_hina`)",
+           "maximum of two successive second moments"),
+  ), ("use_tam", "use_adopt_stability"), _build, is_on=lambda options: True,
+  # What ADOPT keeps is what Adam keeps.
+  shows={"use_tam": lambda state: state.torque is not None,
+         "use_adopt_stability": lambda state: False},
+  figures={"torque": Figure("torque", -2.0)},
+  examples={"": {}, "torque": {"torque": "average"}, "torque-sum": {"torque": "sum"},
+            "adopt": {"stability": "adopt"},
+            "torque-adopt": {"torque": "average", "stability": "adopt"}}))

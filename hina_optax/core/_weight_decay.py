@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.numerics import Scalar
+from hina_optax.registry import Option, Part
 
 
 class AddScheduledWeightDecayState(NamedTuple):
@@ -97,3 +99,26 @@ def _remaining(
   )
   late = jnp.minimum((count.astype(jnp.float32) - begin) / begin, 2)
   return jnp.where(late > 0, jnp.maximum(least, base**late), jnp.ones([], jnp.float32))
+
+
+def _build(options):
+  return add_scheduled_weight_decay(
+    options.weight_decay,
+    transition_steps=options.wd_transition_steps if options.dynamic_weight_decay else None,
+    factor=options.wd_decay_factor, min_ratio=options.wd_min_ratio)
+
+
+registry.register(Part(
+  add_scheduled_weight_decay, AddScheduledWeightDecayState, "decay", 10, (
+    Option("weight_decay", 0.01, registry.NUMBER, "decoupled, per unit of learning rate",
+           "applied after the step"),
+    Option("dynamic_weight_decay", True, registry.FLAG,
+           "`add_scheduled_weight_decay`: weight decay fades"),
+    Option("wd_transition_steps", 1000, registry.POSITIVE, "steps after which it begins to fade"),
+    Option("wd_decay_factor", 0.7, registry.SHARE, "what is left after as many steps again"),
+    Option("wd_min_ratio", 0.1, registry.FRACTION, "least share that is left"),
+    Option("weight_decay_mask", None, registry.ANYTHING,
+           "where it acts, as `optax.masked` takes it; `None`: everywhere"),
+  ), (), _build, is_on=lambda options: True, reads_params=True, moves_minimum=True,
+  identity={"weight_decay": 0.0},
+  examples={"": {"weight_decay": 0.5, "transition_steps": 5}}))

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import leafwise, numerics
 from hina_optax.base.positions import LeafNumbers
+from hina_optax.registry import Figure, Option, Part
 
 _LEAST_SHARE = 1e-3
 
@@ -122,3 +124,23 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:
   # Not u * g > 0: the product of two small numbers is 0 in fp32.
   return ((u > 0) & (g > 0)) | ((u < 0) & (g < 0))
+
+
+def _check(options):
+  if options.use_grams and options.use_cautious and not options.sd_scripts_compat:
+    raise ValueError(
+      "use_grams gives every update the sign of its gradient, which leaves use_cautious nothing to "
+      "mask. Set one of use_grams and use_cautious to False.")
+
+
+registry.register(Part(
+  cautious, CautiousState, "direction", 10,
+  (Option("use_cautious", True, registry.FLAG,
+          "`cautious`: drops elements whose direction opposes the gradient", "halves a whole leaf"),
+   ), ("use_cautious",), lambda options, inner: cautious(inner),
+  figures={"alignment": Figure("alignment", -2.0)}))
+registry.register(Part(
+  grams, GramsState, "direction", 20,
+  (Option("use_grams", False, registry.FLAG, "`grams`, in place of `use_cautious`",
+          "accepted, without effect, as in the original"),
+   ), ("use_grams",), lambda options, inner: grams(inner), check=_check))

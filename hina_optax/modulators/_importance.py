@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from hina_optax import registry
 from hina_optax.base import checks, numerics
 from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
@@ -15,6 +16,7 @@ from hina_optax.grouped.layout import Group
 from hina_optax.grouped.measures import LeafGroups, Measure
 from hina_optax.modulators import _relations
 from hina_optax.modulators._rates import RateRule, scale_by_rates
+from hina_optax.registry import Figure, Option, Part
 
 # The extra argument in which each leaf is handed its factor.
 _FACTORS = "importance_factors"
@@ -265,3 +267,28 @@ def _factors(
   rank = importance * (1 + _RELATION_WEIGHT * relation)
   factor = jnp.clip(1 + amount * (rank / _mean(rank, here) - 1), *_FACTOR_BOUNDS)
   return factor / _mean(factor, here)
+
+
+def _rule(options):
+  return importance_rule(
+    options.adaptation_strength, interval=options.relationship_discovery_interval,
+    decay=options.importance_decay, compatibility_threshold=options.compatibility_threshold,
+    intrinsic_importance=options.intrinsic_importance)
+
+
+registry.register(Part(
+  scale_by_importance, ImportanceState, "rate", 20, (
+    Option("use_dynamic_adaptation", True, registry.FLAG,
+           "`scale_by_importance`: moves learning rate between leaves, its mean stays",
+           "absolute: most leaves drift towards a sixth of their rate"),
+    Option("adaptation_strength", 1.0, registry.NUMBER, "its strength"),
+    Option("relationship_discovery_interval", 100, registry.whole(1), "steps between its visits"),
+    Option("importance_decay", 0.95, registry.DECAY, "its average over visits"),
+    Option("compatibility_threshold", 0.3, registry.FRACTION,
+           "least compatibility of two related matrices", "the first one found"),
+    Option("intrinsic_importance", "full", registry.one_of("full", "estimated"),
+           "how a matrix is measured; `\"estimated\"` is cheaper",
+           "in place of the original's random draw"),
+  ), ("use_dynamic_adaptation",), _rule,
+  figures={"mean_importance": Figure("importance")}, reads_params=True,
+  identity={"strength": 0.0}, examples={"": {"interval": 3, "decay": 0.5}}))

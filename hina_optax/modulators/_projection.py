@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.numerics import Scalar
+from hina_optax.registry import Option, Part
 
 
 class ProjectToInitState(NamedTuple):
@@ -114,3 +116,13 @@ def _as_stored(x: jax.Array, dtype: Any) -> jax.Array:
   info, wide = jnp.finfo(dtype), x.astype(jnp.float32)
   rounded = lax.reduce_precision(wide, info.nexp, info.nmant)
   return jnp.where(jnp.abs(wide) < float(info.tiny), x.astype(dtype).astype(jnp.float32), rounded)
+
+
+registry.register(Part(
+  project_to_init, ProjectToInitState, "step", 10, (
+    Option("use_spd", True, registry.FLAG,
+           "`project_to_init`: pulls back to the start where the step moves further from it",
+           "always pulls"),
+    Option("spd_lambda", 0.06, registry.FRACTION, "its strength"),
+  ), ("use_spd",), lambda options, inner: project_to_init(inner, options.spd_lambda),
+  given_up=4, reads_params=True, identity={"strength": 0.0}, examples={"": {"strength": 0.5}}))

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, numerics
 from hina_optax.base.numerics import Scalar
+from hina_optax.modulators import rate_units
 from hina_optax.modulators._rates import RateRule, scale_by_rates
+from hina_optax.registry import Figure, Option, Part
 
 # A rate is `anchor + position * bump`. One int16 per element holds the position (13 bits), which
 # anchor it counts from (2 bits) and the last polarity (1 bit).
@@ -146,3 +149,36 @@ def _move(word: jax.Array, positive: jax.Array, anchors, step: jax.Array, limits
   position = jnp.where(under | over, 0, position)
   anchor = jnp.where(over, 2, jnp.where(under, 1, anchor))
   return ((position << 3) | (anchor << 1) | positive.astype(jnp.int32)).astype(jnp.int16)
+
+
+def _rule(options):
+  units = rate_units.resolve(options)
+  return sign_agreement_rule(units.bump, units.min_scale, units.max_scale, options.warmup_steps)
+
+
+def _check(options):
+  o, compared = options, []
+  if o.use_lr_mask and not o.sd_scripts_compat and not callable(o.learning_rate):
+    compared = [("learning_rate", "max_lr"), ("min_lr", "learning_rate")]
+  for low, high in (*compared, ("min_lr", "max_lr")):
+    if getattr(o, low) is not None and getattr(o, high) is not None:
+      checks.ordered(low, getattr(o, low), high, getattr(o, high))
+
+
+registry.register(Part(
+  scale_by_sign_agreement, SignAgreementState, "rate", 10, (
+    Option("use_lr_mask", True, registry.FLAG,
+           "`scale_by_sign_agreement`: a learning rate for each element"),
+    Option("lr_bump", None, registry.NUMBER, "its step; `None`: 0.03 of the reference rate",
+           "`None`: 3e-6"),
+    Option("min_lr", None, registry.NUMBER,
+           "its lower bound; `None`: 0.001 of the reference rate", "`None`: 1e-7"),
+    Option("max_lr", None, registry.NUMBER,
+           "its upper bound; `None`: 10 times the reference rate", "`None`: 1e-3"),
+    Option("warmup_steps", 500, registry.whole(0), "steps during which it moves"),
+    Option("reference_lr", None, registry.POSITIVE,
+           "the rate that those are measured against; `None`: `learning_rate`, for a schedule its "
+           "largest value over `warmup_steps`"),
+  ), ("use_lr_mask",), _rule, check=_check,
+  figures={"mean_rate_scale": Figure(read=mean_scale)}, given_up=3, identity={"bump": 0.0},
+  examples={"": {"bump": 0.3, "min_scale": 0.25, "max_scale": 1.7, "warmup_steps": 15}}))

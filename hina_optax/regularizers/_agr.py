@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import leafwise, numerics
+from hina_optax.registry import Option
 
 
 class AdaptiveGradientRegularizationState(NamedTuple):
@@ -50,3 +52,13 @@ def adaptive_gradient_regularization() -> optax.GradientTransformationExtraArgs:
     return g * (1 - size * numerics.reciprocal(numerics.total(size))), old
 
   return leafwise.part(AdaptiveGradientRegularizationState, shrink)
+
+
+registry.register(registry.regularizer(
+  adaptive_gradient_regularization, AdaptiveGradientRegularizationState, 10,
+  Option("use_agr", True, registry.FLAG,
+         "`adaptive_gradient_regularization`: each element loses its share of the gradient",
+         "clips each leaf to norm 1"),
+  {}, scale_free=True,
+  # A gradient that stands in one element is taken for its whole share: there it stops.
+  moves_minimum=True))

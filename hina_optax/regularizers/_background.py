@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics, paths
 from hina_optax.base.leaf import Leaf
 from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
+from hina_optax.registry import Figure, Option
 
 # Of the guide: how far the share of background may go before the fast mode treats it more gently or
 # more firmly, and the factors (background, foreground) for each case.
@@ -128,3 +130,22 @@ def _fast_factors(share: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
   return pick(0), pick(1)
+
+
+def _share(state: AttenuateBackgroundState) -> jax.Array:
+  """Share of the elements that count as background."""
+  leaves = [x for x in jax.tree.leaves(state.background) if x.size]
+  sums = [jnp.sum(x.astype(jnp.float32)) for x in leaves]
+  return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
+
+
+registry.register(registry.regularizer(
+  attenuate_background, AttenuateBackgroundState, 50,
+  Option("background_regularization", True, registry.FLAG,
+         "`attenuate_background`: damps what stays quiet", "its average starts from zero"),
+  {"mode": Option("background_regularization_mode", "simple",
+                  registry.one_of("simple", "fast"), "`mode` of `attenuate_background`"),
+   "spatial_axes": "spatial_axes"},
+  figures={"background_share": Figure(read=_share)}, given_up=1, scale_free=True,
+  identity={"strength": 0.0},
+  examples={"": {"strength": 0.8}, "fast": {"strength": 0.8, "mode": "fast"}}))

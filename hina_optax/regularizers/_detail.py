@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics, paths
 from hina_optax.base.leaf import Leaf
 from hina_optax.base.numerics import Scalar
+from hina_optax.registry import Option
+from hina_optax.regularizers._high_frequency import SPATIAL_AWARENESS
 
 
 class PreserveDetailState(NamedTuple):
@@ -91,3 +94,13 @@ def _relative_variance(leaf: Leaf, g: jax.Array) -> jax.Array:
   scale = numerics.reciprocal(numerics.mean(variance))
   # Squares that overflow count as flat: infinity times 0 would be NaN.
   return jnp.where(scale > 0, variance * scale, 0)
+
+
+registry.register(registry.regularizer(
+  preserve_detail, PreserveDetailState, 40, SPATIAL_AWARENESS,
+  {"detail_preservation": Option(
+     "detail_preservation", 0.8, registry.FRACTION,
+     "least factor that varied places keep; 1 is the identity", "more of it damps more"),
+   "spatial_axes": "spatial_axes"},
+  given_up=2, scale_free=True, identity={"detail_preservation": 1.0},
+  examples={"": {"detail_preservation": 0.3}}))

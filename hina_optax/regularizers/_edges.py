@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics, paths
 from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
+from hina_optax.registry import Figure, Option
 
 
 class SuppressEdgesState(NamedTuple):
@@ -83,3 +85,22 @@ def suppress_edges(
   return leafwise.part(
     SuppressEdgesState, damp, axes=spatial_axes,
     numbers={"edge_share": lambda leaf: 0.0 if leaf.axes else -1.0})
+
+
+def _check(options):
+  """The original's threshold is in units of the gradient."""
+  if not options.sd_scripts_compat:
+    registry.FRACTION.check("edge_threshold", options.edge_threshold)
+
+
+registry.register(registry.regularizer(
+  suppress_edges, SuppressEdgesState, 20,
+  Option("edge_suppression", False, registry.FLAG, "`suppress_edges`: damps edges of the gradient",
+         "matrices only"),
+  {"strength": Option("edge_penalty", 0.1, registry.NUMBER, "strength of `edge_suppression`"),
+   "threshold": Option("edge_threshold", 0.6, registry.NUMBER,
+                       "share of each leaf's strongest edge, in [0, 1]",
+                       "in units of the gradient, >= 0"),
+   "spatial_axes": "spatial_axes"},
+  check=_check, figures={"edge_share": Figure("edge_share")}, scale_free=True,
+  identity={"strength": 0.0}, examples={"": {"strength": 0.5, "threshold": 0.3}}))

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics, paths
 from hina_optax.base.numerics import Scalar
+from hina_optax.registry import Option
 
 
 class SuppressHighFrequencyState(NamedTuple):
@@ -66,3 +68,17 @@ def suppress_high_frequency(
     return g - numerics.scalar(strength, g.dtype) * high_pass, old
 
   return leafwise.part(SuppressHighFrequencyState, smooth, axes=spatial_axes)
+
+
+# Both parts of the option act where it is on.
+SPATIAL_AWARENESS = Option(
+  "spatial_awareness", False, registry.FLAG,
+  "`suppress_high_frequency` and `preserve_detail`: smooth the gradient, keep its detail",
+  "drives the gradient down by the *size* of its differences")
+
+registry.register(registry.regularizer(
+  suppress_high_frequency, SuppressHighFrequencyState, 30, SPATIAL_AWARENESS,
+  {"strength": Option("frequency_penalty", 0.05, registry.NUMBER,
+                      "share of the high-pass part that is subtracted"),
+   "spatial_axes": "spatial_axes"},
+  given_up=2, scale_free=True, identity={"strength": 0.0}, examples={"": {"strength": 0.7}}))

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.leaf import Leaf
+from hina_optax.registry import Option
 
 _TINY = 1e-30
 # Norms of gradients of which fp32 holds the squares of all elements that count.
@@ -82,3 +84,10 @@ def _orthogonal(leaf: Leaf, g: jax.Array, w: jax.Array) -> jax.Array:
 def _square_of_rest(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
   rest = g - along * w
   return numerics.inner_product(rest, rest)
+
+
+registry.register(registry.regularizer(
+  orthogonalize_to_params, OrthogonalizeToParamsState, 70,
+  Option("use_orthogonal_grad", False, registry.FLAG,
+         "`orthogonalize_to_params`, on leaves of two axes and more", "on all leaves"),
+  {}, reads_params=True, scale_free=True, moves_minimum=True))

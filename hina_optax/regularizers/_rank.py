@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hina_optax import registry
 from hina_optax.base import checks, leafwise, lora, numerics, paths
 from hina_optax.base.lora import FactorAxes
 from hina_optax.base.numerics import Scalar
 from hina_optax.grouped.layout import Group
 from hina_optax.grouped.measures import LeafGroups, Measure
+from hina_optax.registry import Option
 from hina_optax.regularizers import _spectra
 
 # The extra argument in which each factor is handed what turns it into its gradient.
@@ -214,3 +216,21 @@ def _chosen(values: jax.Array, rows: Sequence[int]) -> jax.Array:
   """Some rows: a slice where they follow each other, which XLA need not gather."""
   begin, end = rows[0], rows[-1] + 1
   return values[begin:end] if list(rows) == list(range(begin, end)) else values[np.array(rows)]
+
+
+registry.register(registry.regularizer(
+  add_rank_penalty, AddRankPenaltyState, 60,
+  Option("lora_rank_penalty", False, registry.FLAG,
+         "`add_rank_penalty`: nuclear norm of the product of each LoRA pair",
+         "every matrix shrinks by its own energy"),
+  {"strength": Option("rank_penalty_strength", 0.01, registry.NUMBER,
+                      "in units of the loss per unit of nuclear norm"),
+   "emphasis": Option("low_rank_emphasis", 1.2, registry.at_least(1.0),
+                      "weight of small singular values", "unused, as in the original"),
+   "unpaired": Option("unpaired", "ignore", registry.one_of("ignore", "nuclear"),
+                      "what happens to matrices that are no LoRA factor", "unused"),
+   "lora_pattern": Option("lora_pattern", None, registry.PATTERN,
+                          "with the groups `down` and `up`, for other names of factors",
+                          "unused")},
+  reads_params=True, moves_minimum=True, identity={"strength": 0.0},
+  examples={"": {"strength": 0.1, "emphasis": 1.5, "unpaired": "nuclear"}}))

@@ -1,7 +1,6 @@
 """`HinaAdaptive`: the guide's class, over `hina_adaptive`."""
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -98,7 +97,7 @@ class HinaAdaptive(BridgedOptimizer):
     if o.vram_budget_gb is not None:
       everything = sum(map(_bytes_of, self.param_groups)) or 1
       changed["vram_budget_gb"] = o.vram_budget_gb * max(_bytes_of(group) / everything, 1e-9)
-    return dataclasses.replace(o, **changed)
+    return o.replace(**changed)
 
   def _identity(self) -> dict[str, Any]:
     return {"optimizer": type(self).__name__, **_described(self._options)}
@@ -109,7 +108,7 @@ class HinaAdaptive(BridgedOptimizer):
 
   def _unpack(self, packed: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[list[Cohort]]:
     # The state is read as it was saved, and then moved to where the options now say.
-    saved = dataclasses.replace(self._options, **packed["memory"])
+    saved = self._options.replace(**packed["memory"])
     rows = []
     for i, (row, group) in enumerate(zip(packed["groups"], groups)):
       rule = _rule(self._group_options(saved, i, group))
@@ -181,7 +180,7 @@ class HinaAdaptive(BridgedOptimizer):
     """
     planning.check_budget("target_vram_gb", target_vram_gb)
     self._begin()
-    new = dataclasses.replace(self._options, vram_budget_gb=float(target_vram_gb))
+    new = self._options.replace(vram_budget_gb=float(target_vram_gb))
     for i, (group, cohorts) in enumerate(zip(self.param_groups, self._cohorts)):
       for cohort in cohorts:
         self._replan(cohort, i, group, self._options, new)
@@ -195,7 +194,7 @@ def _rule(o: HinaOptions) -> _rules.Rule:
     # What was dropped for the budget was said when it was decided.
     now: dict[str, Any] = dict.fromkeys(transformation.decide(params).plan.dropped, False)
     now |= {"learning_rate": numbers["lr"], "weight_decay": numbers["weight_decay"]}
-    return alias.build(dataclasses.replace(o, **now)).update(updates, state, params)
+    return alias.build(o.replace(**now)).update(updates, state, params)
 
   numbers = {"lr": float(o.learning_rate), "weight_decay": float(o.weight_decay)}
   return _rules.Rule(

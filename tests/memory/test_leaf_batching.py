@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import trees
-from cases import CASES, EVERYTHING, RARE
+from cases import CASES, EVERYTHING, is_costly, some
 from storages import INNERS
 
 import hina_optax as ho
@@ -44,14 +44,7 @@ def steps(params, count=4):
   return gradients
 
 
-# What these have on is in the case with everything on, or batched as a part by itself.
-COVERED = (*RARE, "hina_adaptive-defaults", "hina_adaptive-compat-damping",
-           "hina_adaptive-compat-pulling", "scale_by_hina-torque")
-
-
-@pytest.mark.parametrize("case", [
-  pytest.param(c, marks=[pytest.mark.slow] if c.name in COVERED else []) for c in CASES
-], ids=str)
+@some(CASES, lambda case: is_costly(case) and case.name != "hina_adaptive-everything")
 def test_batched_is_unbatched(case):
   params = layers()
   plain, batched = both(case)

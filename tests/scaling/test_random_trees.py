@@ -58,9 +58,9 @@ WRAPPERS = {
 
 
 def options_of(case: Case) -> tuple[str, ...]:
-  if case.kind == "core":
+  if case.kind == "moments":
     return CORE
-  if case.kind == "modulator":
+  if case.wraps:
     return next((names for name, names in WRAPPERS.items() if case.name.startswith(name)), ())
   return tuple(name for name in case.kwargs if name in RANGES)
 
@@ -167,7 +167,7 @@ def check_bound(case: Case, options: dict, step: int, g, u, p) -> None:
   if name == "add_scheduled_weight_decay":
     assert size(u) <= slack * (size(g) + options["weight_decay"] * size(p)) + least
   bound = adam_bound(options, step)
-  if case.kind == "core" and "sum" not in name:
+  if case.kind == "moments" and "sum" not in name:
     assert size(u) <= slack * (step**0.25 if "adopt" in name else bound)
   if name in ("grams", "cautious-leaf"):
     assert size(u) <= slack * bound
@@ -180,7 +180,7 @@ def check_bound(case: Case, options: dict, step: int, g, u, p) -> None:
 def tolerance(case: Case, x) -> tuple[float, float]:
   """Relative, and absolute for a leaf; a thousand-millionth of a step is no difference."""
   wide = 1e-4 if x.dtype == _F32 else 0.02
-  unit = 1e-9 if case.kind in ("core", "modulator", "alias") else 1e-30
+  unit = 1e-9 if case.kind in ("moments", "alias") or case.wraps else 1e-30
   return wide, wide * size(x) + unit
 
 

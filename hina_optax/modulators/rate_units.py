@@ -1,12 +1,11 @@
 """Absolute rates of the options, as multiples of one reference rate."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hina_optax.base import checks, numerics
-from hina_optax.options import HinaOptions
 
 # The original's, which are these multiples of its usual learning rate of 1e-4.
 _ORIGINAL = {"lr_bump": 3e-6, "min_lr": 1e-7, "max_lr": 1e-3}
@@ -24,7 +23,7 @@ class RateUnits(NamedTuple):
   max_scale: numerics.Scalar
 
 
-def resolve(options: HinaOptions) -> RateUnits:
+def resolve(options: Any) -> RateUnits:
   """Divides what is given in absolute rates by the reference rate."""
   reference = _reference(options)
 
@@ -44,7 +43,7 @@ def resolve(options: HinaOptions) -> RateUnits:
   return RateUnits(scale("lr_bump"), scale("min_lr"), scale("max_lr"))
 
 
-def _reference(options: HinaOptions) -> numerics.Scalar:
+def _reference(options: Any) -> numerics.Scalar:
   if options.reference_lr is not None:
     return options.reference_lr
   rate = options.learning_rate
