@@ -1,4 +1,4 @@
-"""The command `hina-optax`: plans the memory of a training run from a checkpoint's header."""
+"""The command `hina-optax`: plans the memory of a training run, and lists the options."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hina_optax import memory, options, planning
+from hina_optax import memory, options, planning, registry
 from hina_optax.checkpoints import headers
 from hina_optax.checkpoints.headers import Shapes
 
@@ -26,6 +26,9 @@ _ATTENTION = r"to_[qkv]|to_out|[qkvo]_proj|out_proj|qkv"
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status: 0 if the plan fits, 1 if not, 2 on wrong input."""
   given = _parser().parse_args(arguments)
+  if given.command == "options":
+    print(registry.option_table())
+    return 0
   try:
     plan = _plan(given)
   except (ValueError, TypeError, OSError, ImportError) as error:
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog="hina-optax", description=__doc__)
-  commands = parser.add_subparsers(required=True, metavar="command")
+  commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+  commands.add_parser("options", help="all options of hina_adaptive, as a Markdown table")
   plan = commands.add_parser(
     "plan", help="what training a checkpoint needs, and how to make it fit",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter)

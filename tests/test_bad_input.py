@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import CASES, EVERYTHING, every_case, every_driven_case
 
 import hina_optax as ho
+from tests import trees
+from tests.cases import CASES, EVERYTHING, every_case, every_driven_case
 
 WRONG_PARTS = [
   (ho.suppress_edges, dict(strength=-0.1), "strength"),

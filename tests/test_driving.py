@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import EVERYTHING, as_optimizer, every_case, every_driven_case
 from jax.sharding import AxisType, PartitionSpec
 
 import hina_optax as ho
 from hina_optax.grouped import xla_cpu
+from tests import trees
+from tests.cases import EVERYTHING, as_optimizer, every_case, every_driven_case
 
 COPIES = {
   "tree.map": lambda tx: jax.tree.map(lambda x: x, tx),

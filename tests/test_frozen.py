@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import trees
-from frozen import make
 
 import hina_optax as ho
+from tests import trees
+from tests.frozen import make
 
 CASES = make.CASES
 # Kept in fewer bits, which another draw may round the other way: largest distance of all updates of

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import EVERYTHING, OFF
 
 import hina_optax as ho
+from tests import trees
+from tests.cases import EVERYTHING, OFF
 
 ALL_FIGURES = {
   "step", "edge_share", "background_share", "alignment", "torque", "mean_importance",

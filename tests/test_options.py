@@ -7,13 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import OFF
 
 import hina_optax as ho
-from hina_optax import alias
+from hina_optax import alias, registry
+from tests import trees
+from tests.cases import OFF
 
 PRESETS = (ho.lora_preset, ho.large_model_preset, ho.quick_preset, ho.extreme_memory_preset)
+
+
+def test_the_signature_is_what_the_parts_declare():
+  parameters = inspect.signature(ho.hina_adaptive).parameters
+  declared = registry.options()
+  assert set(parameters) == set(declared)
+  for name, parameter in parameters.items():
+    assert parameter.default == declared[name].default, name
+    assert type(parameter.default) is type(declared[name].default), name
 
 
 def test_the_signature_is_explicit_and_typed():

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import core, leaves, modulators, regularizers
-from reference.regularizers import Pair
 
 import hina_optax as ho
 from hina_optax.modulators import mean_scale
+from tests.reference import core, leaves, modulators, regularizers
+from tests.reference.regularizers import Pair
 
 pytestmark = pytest.mark.exact
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-import trees
-from cases import EVERYTHING, every_driven_case
 
 import hina_optax as ho
 from hina_optax.grouped import xla_cpu
+from tests import trees
+from tests.cases import EVERYTHING, every_driven_case
 
 # What only a program for CPUs may hold: calls that are not inlined, and what goes with them.
 FOR_CPUS = ("inlineable", "_handed_on", "_never")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
 
 import hina_optax as ho
 from hina_optax.base import paths
+from tests import trees
 
 
 def trained(tx, params):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import PARTS, every_driven_case
 
 import hina_optax as ho
 from hina_optax.base.positions import LeafNumbers
+from tests import trees
+from tests.cases import PARTS, every_driven_case
 
 # Which leaves are there, in the order of `trees.layers`: stacks are there in part, pairs of factors
 # by half, leaves that stand alone or not.

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import (
+
+import hina_optax as ho
+from tests import trees
+from tests.cases import (
   ALIASES,
   CASES,
   OFF,
@@ -16,8 +18,6 @@ from cases import (
   is_costly,
   some,
 )
-
-import hina_optax as ho
 
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 

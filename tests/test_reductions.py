@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import CASES, EVERYTHING, OFF, REGULARIZERS
 
 import hina_optax as ho
+from tests import trees
+from tests.cases import CASES, EVERYTHING, OFF, REGULARIZERS
 
 STEPS = 5
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OFF
 
 from hina_optax.regularizers import _spectra
+from tests.cases import OFF
 
 RANK = 4
 # Singular values of A: the last a hundredth of the first is near the least pivot.

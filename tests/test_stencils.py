@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import OFF
 
 import hina_optax as ho
 from hina_optax.base.leaf import Leaf
 from hina_optax.grouped.xla_cpu import CalledLeaf, FlatLeaf, carried
+from tests.cases import OFF
 
 KINDS = (Leaf, CalledLeaf, FlatLeaf)
 GRIDS = [

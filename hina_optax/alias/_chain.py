@@ -29,10 +29,12 @@ def settings_of(o: HinaOptions) -> Settings:
     parts = sd_scripts.sd_scripts_chain(o, mask, rate_units=rate_units.resolve(o))
   else:
     parts = traits.chain(*(part.build(o) for part in _on(o, "gradient")), _step(o, mask))
-  batches = _is_more_than_adam(o) if o.leaf_batching is None else o.leaf_batching
+  long = _is_more_than_adam(o)
+  batches = long if o.leaf_batching is None else o.leaf_batching
   limit = memory.MAX_ELEMENTS if o.max_batched_elements is None else int(o.max_batched_elements)
   return Settings(
-    traits.bare(parts), Stacking(limit) if batches else None, contains=True)
+    traits.bare(parts), Stacking(limit) if batches else None, contains=True,
+    short=not (long or batches))
 
 
 def transformation_of(o: HinaOptions) -> optax.GradientTransformationExtraArgs:

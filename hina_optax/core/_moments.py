@@ -12,6 +12,8 @@ from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
 from hina_optax.registry import Figure, Option, Part
 
+__all__ = ["ScaleByHinaState", "scale_by_hina"]
+
 _TORQUE_EPS = 1e-8
 
 

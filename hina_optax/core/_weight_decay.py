@@ -11,6 +11,8 @@ from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.numerics import Scalar
 from hina_optax.registry import Option, Part
 
+__all__ = ["AddScheduledWeightDecayState", "add_scheduled_weight_decay"]
+
 
 class AddScheduledWeightDecayState(NamedTuple):
   """State of `add_scheduled_weight_decay`.

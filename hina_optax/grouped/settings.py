@@ -39,6 +39,8 @@ class Settings:
     contains: whether the inner has no guard of its own against numbers that are not finite. It is
       then given 0 in their place, and numbers whose squares fp32 holds; what is not finite passes
       unchanged, the rest comes out in the dtype of its parameter.
+    short: whether the inner does as little for a leaf as Adam does. On CPUs its groups are then no
+      programs of their own.
   """
 
   inner: Any
@@ -47,6 +49,7 @@ class Settings:
   window: int | None = None
   layout: Layout | None = None
   contains: bool = False
+  short: bool = False
 
 
 def begin(settings: Settings, params: Any) -> tuple[Any, Layout | None]:

@@ -180,13 +180,12 @@ class Step:
       self.settings.inner, self.layers, self.structure, structure, [c.kind for c in columns],
       self.known.leafwise, {k: v for k, v in self.extra_args.items() if k != PRESENT}, add,
       self.settings.contains, _is_traced((self.gradients, self.stored)))
-    shared = [codecs.opened(self.layers, c.forms, c.node, codecs.folded(c.forms, self.keys))
-              if c.kind == "shared" else c.node for c in columns]
+    shared = [self._shared(c) for c in columns]
     results = list(self.gradients if not add else self.parameters or [])
     after: list[Any] = [None] * len(self.layout.groups)
     new_shared: Any = None
     windows = _windows(self._sizes(columns), self._limit())
-    elements = sum(g.size for g in self.layout.groups)
+    elements = 0 if self.settings.short else sum(g.size for g in self.layout.groups)
     token = jnp.zeros([], jnp.int32)
     done = jnp.zeros([], jnp.float32)
     for number, members in enumerate(windows):
@@ -210,6 +209,15 @@ class Step:
       self._where_some(new, old) if column.kind == "shared" else None
       for column, new, old in zip(columns, new_shared or shared, shared)]
     return self._assembled(columns, structure, after, new_shared, results)
+
+  def _shared(self, column: _Column) -> Any:
+    """What each group's turn is given whole. Rows and numbers come cut: all of them in every turn
+    would make tracing quadratic in the leaves.
+    """
+    if column.kind == "shared":
+      return codecs.opened(
+        self.layers, column.forms, column.node, codecs.folded(column.forms, self.keys))
+    return column.node if column.kind == "measured" else None
 
   def _where_some(self, new: Any, old: Any) -> Any:
     """`new`; `old` where the argument `present` says that no leaf has an update."""

@@ -11,6 +11,8 @@ from hina_optax.base import leafwise, numerics
 from hina_optax.base.positions import LeafNumbers
 from hina_optax.registry import Figure, Option, Part
 
+__all__ = ["CautiousState", "GramsState", "cautious", "grams"]
+
 _LEAST_SHARE = 1e-3
 
 

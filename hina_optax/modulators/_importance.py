@@ -18,6 +18,8 @@ from hina_optax.modulators import _relations
 from hina_optax.modulators._rates import RateRule, scale_by_rates
 from hina_optax.registry import Figure, Option, Part
 
+__all__ = ["ImportanceState", "importance_rule", "scale_by_importance"]
+
 # The extra argument in which each leaf is handed its factor.
 _FACTORS = "importance_factors"
 

@@ -12,6 +12,8 @@ from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.numerics import Scalar
 from hina_optax.registry import Option, Part
 
+__all__ = ["ProjectToInitState", "project_to_init"]
+
 
 class ProjectToInitState(NamedTuple):
   """State of `project_to_init`.

@@ -8,6 +8,8 @@ import optax
 from hina_optax.base import leafwise, paths
 from hina_optax.base.traits import Traits
 
+__all__ = ["ScaleByRatesState", "scale_by_rates"]
+
 
 class RateRule(NamedTuple):
   """One source of learning-rate scales.

@@ -13,6 +13,8 @@ from hina_optax.modulators import rate_units
 from hina_optax.modulators._rates import RateRule, scale_by_rates
 from hina_optax.registry import Figure, Option, Part
 
+__all__ = ["SignAgreementState", "mean_scale", "scale_by_sign_agreement", "sign_agreement_rule"]
+
 # A rate is `anchor + position * bump`. One int16 per element holds the position (13 bits), which
 # anchor it counts from (2 bits) and the last polarity (1 bit).
 _ANCHORS = 3

@@ -9,6 +9,8 @@ from hina_optax import registry
 from hina_optax.base import leafwise, numerics
 from hina_optax.registry import Option
 
+__all__ = ["AdaptiveGradientRegularizationState", "adaptive_gradient_regularization"]
+
 
 class AdaptiveGradientRegularizationState(NamedTuple):
   """State of `adaptive_gradient_regularization`: empty, it names the part in a chain's state."""

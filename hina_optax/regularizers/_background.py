@@ -13,6 +13,8 @@ from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
 from hina_optax.registry import Figure, Option
 
+__all__ = ["AttenuateBackgroundState", "attenuate_background"]
+
 # Of the guide: how far the share of background may go before the fast mode treats it more gently or
 # more firmly, and the factors (background, foreground) for each case.
 _MOSTLY_BACKGROUND, _MOSTLY_FOREGROUND = 0.7, 0.2

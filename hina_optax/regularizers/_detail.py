@@ -13,6 +13,8 @@ from hina_optax.base.numerics import Scalar
 from hina_optax.registry import Option
 from hina_optax.regularizers._high_frequency import SPATIAL_AWARENESS
 
+__all__ = ["PreserveDetailState", "preserve_detail"]
+
 
 class PreserveDetailState(NamedTuple):
   """State of `preserve_detail`.

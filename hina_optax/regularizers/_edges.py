@@ -11,6 +11,8 @@ from hina_optax.base.numerics import Scalar
 from hina_optax.base.positions import LeafNumbers
 from hina_optax.registry import Figure, Option
 
+__all__ = ["SuppressEdgesState", "suppress_edges"]
+
 
 class SuppressEdgesState(NamedTuple):
   """State of `suppress_edges`.

@@ -9,6 +9,8 @@ from hina_optax.base import checks, leafwise, numerics, paths
 from hina_optax.base.numerics import Scalar
 from hina_optax.registry import Option
 
+__all__ = ["SuppressHighFrequencyState", "suppress_high_frequency"]
+
 
 class SuppressHighFrequencyState(NamedTuple):
   """State of `suppress_high_frequency`: empty, it names the part in a chain's state."""

@@ -11,6 +11,8 @@ from hina_optax.base import checks, leafwise, numerics
 from hina_optax.base.leaf import Leaf
 from hina_optax.registry import Option
 
+__all__ = ["OrthogonalizeToParamsState", "orthogonalize_to_params"]
+
 _TINY = 1e-30
 # Norms of gradients of which fp32 holds the squares of all elements that count.
 _LEAST, _MOST = 1e-15, 1e18

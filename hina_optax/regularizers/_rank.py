@@ -20,6 +20,8 @@ from hina_optax.grouped.measures import LeafGroups, Measure
 from hina_optax.registry import Option
 from hina_optax.regularizers import _spectra
 
+__all__ = ["AddRankPenaltyState", "add_rank_penalty"]
+
 # The extra argument in which each factor is handed what turns it into its gradient.
 _KERNELS = "rank_penalty_kernels"
 

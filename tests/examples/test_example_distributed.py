@@ -1,8 +1,9 @@
 """examples/distributed.py: one process and two, other meshes, and what a kill does."""
 
 import numpy as np
-import processes
 import pytest
+
+from tests.examples import processes
 
 
 def check_same(first, second, tolerance):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import EVERYTHING
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.cases import EVERYTHING
 
 INNERS = {
   "adamw": lambda: optax.adamw(1e-2, b2=0.99, weight_decay=0.1),

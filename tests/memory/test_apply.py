@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import storages
-import trees
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.memory import storages
 
 
 def parameters(dtype=jnp.float32):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import storages
-import trees
-from storages import RMS
 
 from hina_optax import memory
+from tests import trees
+from tests.memory import storages
+from tests.memory.storages import RMS
 
 
 def parameters():

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-import storages
-import trees
-from storages import OUTER, RMS, every_inner, raises
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.memory import storages
+from tests.memory.storages import OUTER, RMS, every_inner, raises
 
 wrap = memory.with_host_offload
 

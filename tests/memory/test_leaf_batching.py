@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import trees
-from cases import CASES, EVERYTHING, is_costly, some
-from storages import INNERS
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.cases import CASES, EVERYTHING, is_costly, some
+from tests.memory.storages import INNERS
 
 
 def layers(count=3, dtype=jnp.float32):

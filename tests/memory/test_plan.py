@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import OFF
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.cases import OFF
 
 MB = 1 << 20
 LIGHT = {**OFF, "use_spd": True, "background_regularization": True}

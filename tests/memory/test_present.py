@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import trees
-from frozen.make import rows_by_name
-from test_apply import MAKES, parameters
 
 import hina_optax as ho
+from tests import trees
+from tests.frozen.make import rows_by_name
+from tests.memory.test_apply import MAKES, parameters
 
 MAKES = {name: make for name, make in MAKES.items() if name != "optax"}
 GONE = ("w1", "bias")

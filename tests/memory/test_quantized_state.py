@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import storages
-import trees
-from storages import OUTER, RMS, every_inner, every_outer, raises
 
 from hina_optax import memory
+from tests import trees
+from tests.memory import storages
+from tests.memory.storages import OUTER, RMS, every_inner, every_outer, raises
 
 wrap = memory.with_quantized_state
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import storages
-import trees
-from storages import OUTER, RMS, every_inner, raises
 
 from hina_optax import memory
+from tests import trees
+from tests.memory import storages
+from tests.memory.storages import OUTER, RMS, every_inner, raises
 
 wrap = memory.with_rounded_updates
 NARROW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

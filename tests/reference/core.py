@@ -1,7 +1,8 @@
 """Oracles of the core and of weight decay, and of the optax parts that modulators wrap."""
 
 import numpy as np
-from reference import leaves
+
+from tests.reference import leaves
 
 
 class Hina:

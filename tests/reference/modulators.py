@@ -1,7 +1,8 @@
 """Oracles of the modulators in their default form, around the oracle of what they wrap."""
 
 import numpy as np
-from reference import leaves
+
+from tests.reference import leaves
 
 
 class Modulator:

@@ -3,7 +3,8 @@
 import dataclasses
 
 import numpy as np
-from reference import leaves
+
+from tests.reference import leaves
 
 
 class SuppressEdges:

@@ -5,16 +5,16 @@ import json
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import trees
-from storages import raises
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.memory.storages import raises
+from tests.scaling import meshes
 
 OPTIONS = dict(learning_rate=1e-2, spatial_awareness=True, lora_rank_penalty=True)
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import CASES, EVERYTHING, as_optimizer
-from storages import raises
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.cases import CASES, EVERYTHING, as_optimizer
+from tests.memory.storages import raises
 
 # These hold the others' parts, and the way of the numbers through their sums.
 SHOWN = ("suppress_edges", "scale_by_hina-torque-adopt", "scale_by_importance")

@@ -11,14 +11,14 @@ import os
 import hypothesis
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import pytest
-from cases import CASES, Case
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hina_optax import memory
+from tests.cases import CASES, Case
+from tests.scaling import meshes
 
 # Over all cases 10,008 examples.
 EXAMPLES = int(os.environ.get("HINA_EXAMPLES", "278"))

@@ -5,16 +5,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-import meshes
 import numpy as np
 import optax
 import pytest
-import trees
-from cases import CASES, as_optimizer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hina_optax as ho
 from hina_optax import memory
+from tests import trees
+from tests.cases import CASES, as_optimizer
+from tests.scaling import meshes
 
 STEPS = 50
 MESHES = ((8, 1), (4, 2), (2, 4))

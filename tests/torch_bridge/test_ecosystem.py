@@ -8,9 +8,9 @@ import warnings
 import accelerate
 import pytest
 import torch
-from models import assert_same, batch, data, dense_model, loss_of, train
 
 from hina_optax.torch_bridge import HinaAdaptive
+from tests.torch_bridge.models import assert_same, batch, data, dense_model, loss_of, train
 
 
 def run(code, **environment):

@@ -3,7 +3,8 @@
 import jax
 import pytest
 import torch
-from frozen import make
+
+from tests.frozen import make
 
 torch.set_num_threads(1)
 

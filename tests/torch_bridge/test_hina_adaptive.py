@@ -12,12 +12,20 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import EVERYTHING
-from models import assert_same, batch, dense_model, lora_model, loss_of, train, trained
 
 import hina_optax as ho
 from hina_optax.torch_bridge import HinaAdaptive
 from hina_optax.torch_bridge._names import names_of
+from tests.cases import EVERYTHING
+from tests.torch_bridge.models import (
+  assert_same,
+  batch,
+  dense_model,
+  lora_model,
+  loss_of,
+  train,
+  trained,
+)
 
 FOLDER = pathlib.Path(__file__).parent
 PARITY = FOLDER.parent / "parity"

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 import torch
-from models import assert_same, dense_model, lora_model, loss_of, train, trained
 
 import hina_optax as ho
 from hina_optax.torch_bridge import HinaAdaptive, OptaxOptimizer
+from tests.torch_bridge.models import assert_same, dense_model, lora_model, loss_of, train, trained
 
 
 @pytest.fixture(autouse=True)

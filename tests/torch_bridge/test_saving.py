@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 import torch
-from models import assert_same, dense_model, lora_model, train, trained
 
 import hina_optax as ho
 from hina_optax.torch_bridge import HinaAdaptive, OptaxOptimizer
+from tests.torch_bridge.models import assert_same, dense_model, lora_model, train, trained
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_goes_on_in_another_process(tmp_path):
   code = f"""
 import sys; sys.path[:0] = {sys.path!r}
 import torch
-from models import dense_model, train
+from tests.torch_bridge.models import dense_model, train
 from hina_optax.torch_bridge import HinaAdaptive
 model = dense_model(seed=5)
 optimizer = HinaAdaptive(model.parameters(), lr=1e-2)

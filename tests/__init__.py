@@ -1,0 +1,1 @@
+"""Tests; helper modules are imported by their full names."""
