@@ -1,4 +1,4 @@
-"""Seconds to trace and compile one update, against `optax.adamw` in the same run.
+"""Measures the seconds to trace and compile one update, against `optax.adamw` in the same run.
 
     python benchmarks/compile_time.py --output FILE.json
 """
@@ -18,7 +18,7 @@ import hina_optax
 
 
 def optimizers() -> dict[str, Any]:
-  """What is compiled."""
+  """Returns the optimizers to compile."""
   return {
     "optax.adamw": optax.adamw(1e-3),
     "scale_by_hina": hina_optax.scale_by_hina(),
@@ -27,19 +27,19 @@ def optimizers() -> dict[str, Any]:
   }
 
 
-def different(count: int) -> Any:
-  """Matrices of which no two have one shape."""
+def matrices_of_different_shapes(count: int) -> Any:
+  """Makes matrices of which no two have the same shape."""
   return {f"w{i}": jnp.ones((64, 64 + i)) for i in range(count)}
 
 
-def lora(count: int) -> Any:
-  """LoRA factors of one layer's shape."""
+def equal_lora_factors(count: int) -> Any:
+  """Makes the LoRA factors of layers of the same shape, `count` arrays in all."""
   return {f"l{i}": {"lora_a": jnp.ones((640, 16)), "lora_b": jnp.ones((16, 640))}
           for i in range(count // 2)}
 
 
-def seconds(tx: Any, params: Any) -> tuple[float, float]:
-  """Tracing and compiling, wall clock."""
+def time_compilation(tx: Any, params: Any) -> tuple[float, float]:
+  """Returns the seconds of tracing and of compiling, by the wall clock."""
   state = tx.init(params)
   start = time.perf_counter()
   lowered = jax.jit(tx.update).lower(params, state, params)
@@ -49,24 +49,26 @@ def seconds(tx: Any, params: Any) -> tuple[float, float]:
 
 
 def main() -> None:
-  """Prints a table, and writes it if asked."""
+  """Prints a table, and writes it if there is an output file."""
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
   parser.add_argument("--leaves", type=int, nargs="+", default=[8, 16, 32, 64],
                       help="numbers of leaves, even (default: 8 16 32 64)")
   arguments = parser.parse_args()
-  found = []
+  rows = []
   print("| tree | leaves | optimizer | trace, s | compile, s |\n|---|---|---|---|---|")
-  for tree, make in (("different shapes", different), ("LoRA, equal shapes", lora)):
+  trees = {"different shapes": matrices_of_different_shapes,
+           "LoRA, equal shapes": equal_lora_factors}
+  for tree, make_params in trees.items():
     for count in arguments.leaves:
       for name, tx in optimizers().items():
-        trace, compiling = seconds(tx, make(count))
-        found.append({"tree": tree, "leaves": count, "optimizer": name, "trace_s": trace,
-                      "compile_s": compiling})
-        print(f"| {tree} | {count} | {name} | {trace:.2f} | {compiling:.2f} |", flush=True)
+        trace_s, compile_s = time_compilation(tx, make_params(count))
+        rows.append({"tree": tree, "leaves": count, "optimizer": name, "trace_s": trace_s,
+                     "compile_s": compile_s})
+        print(f"| {tree} | {count} | {name} | {trace_s:.2f} | {compile_s:.2f} |", flush=True)
   if arguments.output:
-    measure.write_json(arguments.output, {**measure.environment(), "rows": found})
+    measure.write_json(arguments.output, {**measure.environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How the cost of compiling and of a step grows with leaves and with parameters.
+"""Measures how the cost of compiling and of a step grows with leaves and with parameters.
 
     python benchmarks/growth.py --leaves 10 100 1000 10000 --parameters 1e5 1e6 1e7 1e8 \\
       --output FILE.json --plot FILE.png
 
-Leaves: equal ones of 16x16. Parameters: ten equal square matrices. A row is skipped, and said
-to be, where the next smaller one of the same optimizer took longer than --limit-s in all.
+For leaves the tree has equal matrices of 16x16, for parameters ten equal square matrices. A row is
+skipped, with a note, if the next smaller one of the same optimizer took longer than --limit-s.
 """
 
 import argparse
@@ -26,25 +26,26 @@ COSTS = (("trace and compile, s", lambda row: row["trace_s"] + row["compile_s"])
 Row = dict[str, Any]
 
 
-def square(parameters: float) -> trees.Tree:
-  """Ten square matrices of about so many parameters together."""
+def ten_matrices(parameters: float) -> trees.Tree:
+  """Ten square matrices with about `parameters` elements together."""
   side = max(1, round(math.sqrt(parameters / 10)))
   return trees.equal_leaves(10, (side, side))
 
 
 def sweeps(arguments: argparse.Namespace) -> dict[str, list[tuple[int, trees.Tree]]]:
-  """For each quantity its sizes, ascending, and their trees."""
+  """Returns, for each quantity, the sizes in ascending order and their trees."""
   return {
     "leaves": [(n, trees.equal_leaves(n, (16, 16))) for n in sorted(arguments.leaves)],
-    "parameters": [(_size(t), t) for t in map(square, sorted(arguments.parameters))],
+    "parameters": [
+      (_count_parameters(tree), tree) for tree in map(ten_matrices, sorted(arguments.parameters))],
   }
 
 
-def _size(tree: trees.Tree) -> int:
+def _count_parameters(tree: trees.Tree) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def one(make: contenders.Make, shapes: trees.Tree, seconds: float) -> Row:
+def measure_optimizer(make: contenders.Make, shapes: trees.Tree, seconds: float) -> Row:
   """Compiles and times one optimizer on one tree."""
   start = time.perf_counter()
   tx = make()
@@ -58,25 +59,25 @@ def one(make: contenders.Make, shapes: trees.Tree, seconds: float) -> Row:
   }
 
 
-def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-  """All rows; of each optimizer from small to large."""
-  make = contenders.contenders()
+def measure_all(arguments: argparse.Namespace) -> Iterator[Row]:
+  """Yields all rows, those of each optimizer from small to large."""
+  makers = contenders.contenders()
   for quantity, sizes in sweeps(arguments).items():
     for name in NAMES:
       skipped = ""
       for size, shapes in sizes:
-        head = {"against": quantity, "size": size, "name": name}
+        row = {"against": quantity, "size": size, "name": name}
         if skipped:
-          yield {**head, "skipped": skipped}
+          yield {**row, "skipped": skipped}
           continue
-        row = one(make[name], shapes, arguments.seconds)
+        row |= measure_optimizer(makers[name], shapes, arguments.seconds)
         if row["row_s"] > arguments.limit_s:
           skipped = f"{size} took {row['row_s']:.0f} s, over the limit of {arguments.limit_s:g} s"
-        yield {**head, **row}
+        yield row
 
 
-def line(row: Row) -> str:
-  """One row of the printed table."""
+def format_row(row: Row) -> str:
+  """Formats one row of the printed table."""
   cells = [row["against"], f"{row['size']:,}", row["name"]]
   if "skipped" in row:
     cells += [f"skipped: {row['skipped']}", "", "", ""]
@@ -86,18 +87,18 @@ def line(row: Row) -> str:
   return f"| {' | '.join(cells)} |"
 
 
-def plot(found: list[Row], path: pathlib.Path, caption: str) -> None:
-  """Both costs against each quantity that was varied, on logarithmic axes."""
+def plot(rows: list[Row], path: pathlib.Path, caption: str) -> None:
+  """Plots both costs against each quantity that was varied, on logarithmic axes."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
-  timed = [r for r in found if "skipped" not in r]
-  varied = list(dict.fromkeys(r["against"] for r in timed))
+  timed = [row for row in rows if "skipped" not in row]
+  varied = list(dict.fromkeys(row["against"] for row in timed))
   figure, axes = pyplot.subplots(
     2, len(varied), figsize=(5 * len(varied), 7), squeeze=False, constrained_layout=True)
   for j, quantity in enumerate(varied):
     for i, (label, cost) in enumerate(COSTS):
-      _curves(axes[i, j], [r for r in timed if r["against"] == quantity], cost)
+      _plot_curves(axes[i, j], [row for row in timed if row["against"] == quantity], cost)
       axes[i, j].set(xscale="log", yscale="log", xlabel=quantity, ylabel=label)
   axes[0, 0].legend(fontsize="small")
   figure.suptitle(caption, fontsize="small")
@@ -106,47 +107,49 @@ def plot(found: list[Row], path: pathlib.Path, caption: str) -> None:
   pyplot.close(figure)
 
 
-def _curves(axis: Any, found: list[Row], cost: Any) -> None:
+def _plot_curves(axes: Any, rows: list[Row], cost: Any) -> None:
   for name in NAMES:
-    own = [r for r in found if r["name"] == name]
-    axis.plot([r["size"] for r in own], [cost(r) for r in own], marker="o", label=name)
-  axis.grid(True, which="major", alpha=0.3)
+    curve = [row for row in rows if row["name"] == name]
+    axes.plot([row["size"] for row in curve], [cost(row) for row in curve], marker="o", label=name)
+  axes.grid(True, which="major", alpha=0.3)
 
 
-def parser() -> argparse.ArgumentParser:
-  """The options."""
-  made = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-  add = made.add_argument
+def make_parser() -> argparse.ArgumentParser:
+  """Makes the parser of the command line."""
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  add = parser.add_argument
   add("--leaves", type=int, nargs="*", default=[10, 100, 1000, 10000], metavar="N",
       help="numbers of leaves (default: 10 100 1000 10000)")
   add("--parameters", type=float, nargs="*", default=[1e5, 1e6, 1e7, 1e8], metavar="N",
       help="numbers of parameters (default: 1e5 1e6 1e7 1e8)")
-  add("--seconds", type=float, default=2.0, help="of timing a row (default: 2)")
+  add("--seconds", type=float, default=2.0, help="time for each row (default: 2)")
   add("--limit-s", type=float, default=60.0, metavar="SECONDS",
-      help="after a row that took longer the larger ones are skipped (default: 60)")
+      help="if a row took longer than this, the larger ones are skipped (default: 60)")
   add("--output", type=pathlib.Path, help="JSON file to write")
   add("--plot", type=pathlib.Path, help="PNG file to draw")
-  return made
+  return parser
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
   """Measures, prints, writes and draws."""
-  made = parser()
-  arguments = made.parse_args(words)
+  parser = make_parser()
+  arguments = parser.parse_args(argv)
   if not arguments.leaves and not arguments.parameters:
-    made.error("nothing to vary: give --leaves or --parameters")
-  at = measure.environment()
-  found: list[Row] = []
+    parser.error("nothing to vary: give --leaves or --parameters")
+  environment = measure.environment()
+  rows: list[Row] = []
   print("| against | size | optimizer | trace s | compile s | step ms | kernels |")
   print("|---" * 7 + "|")
-  for row in rows(arguments):
-    found.append(row)
-    print(line(row), flush=True)
+  for row in measure_all(arguments):
+    rows.append(row)
+    print(format_row(row), flush=True)
     if arguments.output:
-      measure.write_json(arguments.output, {"environment": at, "rows": found})
+      measure.write_json(arguments.output, {"environment": environment, "rows": rows})
   if arguments.plot:
-    plot(found, arguments.plot, f"{at['device']}, {at['cores']} cores, jax {at['jax']}")
+    caption = (f"{environment['device']}, {environment['cores']} cores, "
+               f"jax {environment['jax']}")
+    plot(rows, arguments.plot, caption)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: compiling, timing, counting bytes and kernels, the record of a run."""
+"""Shared by the benchmarks: compiling, timing, counting bytes and kernels, the environment."""
 
 import datetime
 import json
@@ -17,19 +17,19 @@ import optax
 
 import hina_optax
 
-# Of the optimised HLO: what names, groups or reinterprets values, and no work of its own.
-FREE = frozenset({
+# Instructions of the optimised HLO that only name, group or reinterpret values.
+NO_WORK_OPCODES = frozenset({
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
   "partition-id", "replica-id",
 })
 _OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"to_apply=%?([\w.\-]+)")
 _MIN_ROUNDS = 5
-_WARM_UP = 3
+_WARM_UP_STEPS = 3
 
 
 class Program(NamedTuple):
-  """A compiled step and what is known of it without running it."""
+  """A compiled step, and the figures that are known without running it."""
 
   call: Any
   trace_s: float
@@ -40,22 +40,23 @@ class Program(NamedTuple):
   temporary_bytes: int | None
 
 
-class Runs(Protocol):
-  """Whatever can be timed."""
+class StepRunner(Protocol):
+  """An optimizer whose steps can be timed."""
 
-  def block(self, steps: int) -> float:
-    """Runs steps; gives seconds a step."""
+  def run_steps(self, steps: int) -> float:
+    """Runs a number of steps, and returns the seconds per step."""
 
 
 def compile_step(tx: optax.GradientTransformation, params: Any) -> Program:
   """Traces and compiles `update` and `apply_updates`, parameters and state donated.
 
-  Only shapes are read of `params`. Caches are emptied first, so that no row profits from another.
+  Only the shapes of `params` are read. JAX's caches are cleared first, so that no row benefits from
+  the compilation of another.
   """
 
   def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
     updates, state = tx.update(gradients, state, params)
-    # Donated buffers are paired with results in order.
+    # JAX pairs donated buffers with results in order.
     return state, optax.apply_updates(params, updates)
 
   shapes = jax.eval_shape(lambda x: x, params)
@@ -73,25 +74,28 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> Program:
 
 
 def tree_bytes(tree: Any) -> int:
-  """Bytes of all arrays or shapes."""
+  """Counts the bytes of all arrays, or of arrays of these shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def minimal_bytes(jaxpr: Any) -> int:
-  """Each input read once, each output written once; what is handed through is not written."""
+  """Counts the bytes of a program that reads each input once and writes each output once.
+
+  An input that is returned unchanged is not written.
+  """
   inputs, outputs = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
-  known = {id(x) for x in inputs}
-  written = [x for x in outputs if id(x) not in known]
+  input_ids = {id(x) for x in inputs}
+  written = [x for x in outputs if id(x) not in input_ids]
   return tree_bytes([x.aval for x in [*inputs, *written]])
 
 
 def count_kernels(hlo: str) -> int:
-  """Instructions of the entry computation that do work: fusions, dots, copies, loops, calls ...
+  """Counts the instructions of the entry computation that do work: fusions, dots, copies, loops ...
 
-  Those of `FREE` are not counted, neither are the second halves of asynchronous pairs. A `call` is
-  counted as what it calls; a loop or a conditional as one.
+  Neither those of `NO_WORK_OPCODES` nor the second halves of asynchronous pairs are counted. A
+  `call` counts as the computation that it calls; a loop or a conditional counts as one.
   """
-  entry, computations = _computations(hlo.splitlines())
+  entry, computations = parse_computations(hlo.splitlines())
 
   def count(name: str) -> int:
     total = 0
@@ -100,27 +104,27 @@ def count_kernels(hlo: str) -> int:
       if called and called[1] in computations:
         total += count(called[1])
       else:
-        total += opcode not in FREE and not opcode.endswith("-done")
+        total += opcode not in NO_WORK_OPCODES and not opcode.endswith("-done")
     return total
 
   return count(entry)
 
 
-def _computations(lines: Iterable[str]) -> tuple[str, dict[str, list[tuple[str, str]]]]:
-  """Name of the entry, and each computation's opcodes with their lines."""
-  found: dict[str, list[tuple[str, str]]] = {}
+def parse_computations(lines: Iterable[str]) -> tuple[str, dict[str, list[tuple[str, str]]]]:
+  """Returns the entry's name, and for each computation the opcode and line of each instruction."""
+  computations: dict[str, list[tuple[str, str]]] = {}
   entry = name = ""
   for line in lines:
     if line.endswith("{") and not line.startswith((" ", "HloModule")):
       words = line.replace("ENTRY ", "").split(maxsplit=1)
       name = words[0].lstrip("%")
       entry = name if line.startswith("ENTRY") else entry
-      found[name] = []
+      computations[name] = []
     elif name and line.startswith(" ") and " = " in line:
       opcode = _OPCODE.search(line, line.index(" = ") + 2)
       if opcode:
-        found[name].append((opcode[1], line))
-  return entry, found
+        computations[name].append((opcode[1], line))
+  return entry, computations
 
 
 def _temporary_bytes(compiled: Any) -> int | None:
@@ -129,11 +133,11 @@ def _temporary_bytes(compiled: Any) -> int | None:
 
 
 class Training:
-  """Steps of one compiled program, each from where the last one ended, on a constant gradient."""
+  """Consecutive steps of one compiled program on a constant gradient."""
 
   def __init__(self, program: Program, tx: optax.GradientTransformation, params: Any,
                gradients: Any):
-    """Copies `params`, and the state too: what is donated may be nobody else's."""
+    """Copies the parameters and the state, since nothing else may use donated arrays."""
     self._call = program.call
     self._gradients = gradients
     self._params = jax.tree.map(jnp.array, params)
@@ -141,11 +145,11 @@ class Training:
 
   @property
   def arrays(self) -> Any:
-    """What it holds."""
+    """The arrays that the training keeps alive."""
     return self._state, self._params, self._gradients
 
-  def block(self, steps: int) -> float:
-    """Runs steps; gives seconds a step."""
+  def run_steps(self, steps: int) -> float:
+    """Runs a number of steps, and returns the seconds per step."""
     start = time.perf_counter()
     for _ in range(steps):
       self._state, self._params = self._call(self._gradients, self._state, self._params)
@@ -153,44 +157,53 @@ class Training:
     return (time.perf_counter() - start) / steps
 
 
-def alternate(runs: list[Runs], seconds: float, block_s: float = 0.1) -> list[np.ndarray]:
-  """Seconds a step of each, in rounds of one block each; at least five rounds after a warm-up."""
+def alternate(runners: list[StepRunner], seconds: float, block_s: float = 0.1) -> list[np.ndarray]:
+  """Times several optimizers in turns, so that changes of the machine's speed affect all of them.
+
+  Args:
+    runners: the optimizers.
+    seconds: time for all rounds. There are at least five rounds after a warm-up.
+    block_s: seconds that each runner takes in a round.
+
+  Returns:
+    The seconds per step of each runner, one number per round.
+  """
   steps = []
-  for run in runs:
-    run.block(_WARM_UP)
-    steps.append(max(1, round(block_s / max(run.block(1), 1e-9))))
-  found: list[list[float]] = [[] for _ in runs]
+  for runner in runners:
+    runner.run_steps(_WARM_UP_STEPS)
+    steps.append(max(1, round(block_s / max(runner.run_steps(1), 1e-9))))
+  times: list[list[float]] = [[] for _ in runners]
   end = time.perf_counter() + seconds
-  while len(found[0]) < _MIN_ROUNDS or time.perf_counter() < end:
-    for times, run, count in zip(found, runs, steps):
-      times.append(run.block(count))
-  return [np.asarray(times) for times in found]
+  while len(times[0]) < _MIN_ROUNDS or time.perf_counter() < end:
+    for times_of_runner, runner, count in zip(times, runners, steps):
+      times_of_runner.append(runner.run_steps(count))
+  return [np.asarray(times_of_runner) for times_of_runner in times]
 
 
 def quartiles_ms(seconds: np.ndarray) -> dict[str, float]:
-  """Median and quartiles in milliseconds."""
-  low, middle, high = np.percentile(1e3 * seconds, (25, 50, 75))
-  return {"median": float(middle), "q1": float(low), "q3": float(high)}
+  """Returns the median and the quartiles in milliseconds."""
+  q1, median, q3 = np.percentile(1e3 * seconds, (25, 50, 75))
+  return {"median": float(median), "q1": float(q1), "q3": float(q3)}
 
 
 def copy_bandwidth(elements: int = 1 << 26) -> float:
-  """GB/s, read and written, of a jitted copy of a large array into memory that is already there.
+  """Measures the GB/s, read and written, of a jitted copy of a large array into existing memory.
 
-  The copy changes the sign, since XLA runs a plain one on one core; a new buffer for each result
-  would measure how fast the system hands out pages.
+  The copy changes the sign, since XLA runs a plain copy on one core. With a new buffer for each
+  result the time would include the allocation of its pages by the system.
   """
   copy = jax.jit(lambda x, _: -x, donate_argnums=1, keep_unused=True)
   source, target = jnp.ones(elements, jnp.float32), jnp.zeros(elements, jnp.float32)
   times = []
-  for _ in range(_WARM_UP + 10):
+  for _ in range(_WARM_UP_STEPS + 10):
     start = time.perf_counter()
     target = copy(source, target).block_until_ready()
     times.append(time.perf_counter() - start)
-  return 2 * source.nbytes / float(np.median(times[_WARM_UP:])) / 1e9
+  return 2 * source.nbytes / float(np.median(times[_WARM_UP_STEPS:])) / 1e9
 
 
 def environment() -> dict[str, Any]:
-  """Device, versions and date."""
+  """Returns the device, the versions and the date."""
   device = jax.devices()[0]
   return {
     "device": _processor() if device.platform == "cpu" else device.device_kind,
@@ -204,11 +217,11 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
   info = pathlib.Path("/proc/cpuinfo")
-  found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-  return found[1] if found else platform.processor() or "cpu"
+  model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+  return model[1] if model else platform.processor() or "cpu"
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes, and makes the folder."""
+  """Writes a JSON file, and makes its folder if necessary."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Plans for the U-Net of SDXL and a LoRA of it, over budgets; nothing is allocated.
+"""Makes memory plans for SDXL's U-Net and a LoRA of it under several budgets; allocates nothing.
 
     python benchmarks/plan_sweep.py                       prints the table
     python benchmarks/plan_sweep.py --output FILE.json    and writes it
@@ -16,40 +16,40 @@ import trees
 
 import hina_optax
 
-BUDGETS = (1, 2, 4, 6, 8, 12, 16, 20, 24)
+BUDGETS_GB = (1, 2, 4, 6, 8, 12, 16, 20, 24)
 EVERYTHING = {"edge_suppression": True, "spatial_awareness": True, "use_orthogonal_grad": True}
 
 
-def in_bf16(tree: Any) -> Any:
-  """The same shapes in bf16."""
+def to_bf16(tree: Any) -> Any:
+  """Converts shapes to bf16."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
 
 
-def rows() -> list[dict[str, Any]]:
-  """One row for each training run and budget."""
+def make_rows() -> list[dict[str, Any]]:
+  """Makes one row for each training run and budget."""
   unet = trees.sdxl_unet()
-  frozen = sum(x.size for x in jax.tree.leaves(unet)) * 2 / 2**30
+  frozen_gb = sum(x.size for x in jax.tree.leaves(unet)) * 2 / 2**30
   runs = {
-    "all of it, bf16": (in_bf16(unet), 0.0),
-    "LoRA of rank 16 beside it in bf16": (trees.lora_of(unet, 16), frozen),
+    "all of it, bf16": (to_bf16(unet), 0.0),
+    "LoRA of rank 16 beside it in bf16": (trees.lora_factors(unet, 16), frozen_gb),
   }
-  found = []
-  for name, (params, reserve) in runs.items():
-    for budget in BUDGETS:
+  rows = []
+  for name, (params, reserve_gb) in runs.items():
+    for budget_gb in BUDGETS_GB:
       start = time.perf_counter()
-      plan = hina_optax.plan_memory(EVERYTHING, params, budget, reserve)
-      found.append({
-        "run": name, "budget_gb": budget, "fits": plan.fits,
+      plan = hina_optax.plan_memory(EVERYTHING, params, budget_gb, reserve_gb)
+      rows.append({
+        "run": name, "budget_gb": budget_gb, "fits": plan.fits,
         "device_gb": (plan.device_bytes + plan.reserve_bytes) / 2**30,
         "host_gb": plan.host_bytes / 2**30, "missing_gb": plan.excess_bytes / 2**30,
-        "state": _forms(plan),
+        "state": _format_state(plan),
         "seconds": time.perf_counter() - start,
       })
-  return found
+  return rows
 
 
-def _forms(plan: hina_optax.MemoryPlan) -> str:
-  """GB of state by dtype and place."""
+def _format_state(plan: hina_optax.MemoryPlan) -> str:
+  """Formats the GB of state by dtype and by place."""
   sizes: dict[str, int] = {}
   for row in plan.rows:
     if row.group not in ("parameters", "gradients"):
@@ -59,21 +59,21 @@ def _forms(plan: hina_optax.MemoryPlan) -> str:
 
 
 def main() -> None:
-  """Prints the table, and writes it if asked."""
+  """Prints the table, and writes it if there is an output file."""
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
   arguments = parser.parse_args()
-  found = rows()
+  rows = make_rows()
   print("| training | budget GB | device GB | host GB | missing GB | state |")
   print("|---|---|---|---|---|---|")
-  for row in found:
+  for row in rows:
     print(f"| {row['run']} | {row['budget_gb']} | {row['device_gb']:.2f} | {row['host_gb']:.2f} | "
           f"{row['missing_gb']:.2f} | {row['state']} |")
   if arguments.output:
     device = jax.devices()[0].device_kind
     arguments.output.write_text(json.dumps(
-      {"device": device, "jax": jax.__version__, "rows": found}, indent=1))
+      {"device": device, "jax": jax.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

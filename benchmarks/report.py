@@ -1,4 +1,4 @@
-"""A result of speed.py as Markdown tables.
+"""Formats a result of speed.py as Markdown tables.
 
     python benchmarks/report.py results/speed.json
 """
@@ -20,48 +20,49 @@ NOTES = (
 
 
 def render(result: dict[str, Any]) -> str:
-  """The whole document."""
-  parts = [_head(result), NOTES]
+  """Formats the whole document."""
+  parts = [_format_environment(result), NOTES]
   for tree in result["trees"]:
-    lines = [table_head(), *(line(row, tree["parameters"]) for row in tree["rows"])]
-    parts.append(f"## {title(tree)}\n\n" + "\n".join(lines))
+    lines = [format_header(), *(format_row(row, tree["parameters"]) for row in tree["rows"])]
+    parts.append(f"## {format_title(tree)}\n\n" + "\n".join(lines))
   return "\n\n".join(parts) + "\n"
 
 
-def title(tree: dict[str, Any]) -> str:
-  """Name and size of a tree."""
+def format_title(tree: dict[str, Any]) -> str:
+  """Formats the name and the size of a tree."""
   return f"{tree['tree']}: {tree['leaves']:,} leaves, {tree['parameters'] / 1e6:,.2f} M parameters"
 
 
-def table_head() -> str:
-  """Names of columns, and the rule below them."""
+def format_header() -> str:
+  """Formats the names of the columns, and the rule below them."""
   return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def line(row: dict[str, Any], parameters: int) -> str:
-  """One row of the table; cells without a number stay empty."""
+def format_row(row: dict[str, Any], parameters: int) -> str:
+  """Formats one row of the table; cells without a number stay empty."""
   cells = [""] * (len(COLUMNS) - 1)
   if "skipped" in row:
     cells[0] = f"skipped: {row['skipped']}"
   else:
-    cells = _compiled(row) + _timed(row) + _sizes(row, parameters)
+    cells = _compile_cells(row) + _time_cells(row) + _size_cells(row, parameters)
   return f"| {' | '.join([row['name'], *cells])} |"
 
 
-def _head(result: dict[str, Any]) -> str:
-  at = result["environment"]
-  versions = ", ".join(f"{k} {at[k]}" for k in ("jax", "optax", "hina_optax", "torch") if at.get(k))
+def _format_environment(result: dict[str, Any]) -> str:
+  environment = result["environment"]
+  versions = ", ".join(f"{k} {environment[k]}" for k in ("jax", "optax", "hina_optax", "torch")
+                       if environment.get(k))
   bandwidth = result.get("copy_gb_s")
   copying = f" A copy runs at {bandwidth:.1f} GB/s." if bandwidth else ""
-  return (f"# Speed\n\n{at['device']}, {at['cores']} cores, {at['platform']}; {versions}; "
-          f"{at['date']}.{copying}")
+  return (f"# Speed\n\n{environment['device']}, {environment['cores']} cores, "
+          f"{environment['platform']}; {versions}; {environment['date']}.{copying}")
 
 
-def _compiled(row: dict[str, Any]) -> list[str]:
-  return [_number(row.get(k), ".2f") for k in ("trace_s", "compile_s")]
+def _compile_cells(row: dict[str, Any]) -> list[str]:
+  return [_format_number(row.get(k), ".2f") for k in ("trace_s", "compile_s")]
 
 
-def _timed(row: dict[str, Any]) -> list[str]:
+def _time_cells(row: dict[str, Any]) -> list[str]:
   step = row.get("step_ms")
   if not step:
     return [""] * 4
@@ -70,27 +71,28 @@ def _timed(row: dict[str, Any]) -> list[str]:
           f"{row['ratio']:.2f}"]
 
 
-def _sizes(row: dict[str, Any], parameters: int) -> list[str]:
-  state, temporary = row.get("state_bytes"), row.get("temporary_bytes")
+def _size_cells(row: dict[str, Any], parameters: int) -> list[str]:
   return [
-    _number(state, ".2f", parameters), _number(row.get("minimal_bytes"), ".1f", 1e6),
-    _number(row.get("gb_s"), ".2f"), _number(row.get("kernels"), "d"),
-    _number(temporary, ".1f", 1e6),
+    _format_number(row.get("state_bytes"), ".2f", parameters),
+    _format_number(row.get("minimal_bytes"), ".1f", 1e6),
+    _format_number(row.get("gb_s"), ".2f"),
+    _format_number(row.get("kernels"), "d"),
+    _format_number(row.get("temporary_bytes"), ".1f", 1e6),
   ]
 
 
-def _number(value: float | None, form: str, unit: float = 1) -> str:
+def _format_number(value: float | None, spec: str, unit: float = 1) -> str:
   if value is None:
     return ""
-  return format(value if form == "d" else value / unit, form)
+  return format(value if spec == "d" else value / unit, spec)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
   """Prints the document."""
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("result", type=pathlib.Path, help="JSON file of speed.py")
-  arguments = parser.parse_args(words)
+  arguments = parser.parse_args(argv)
   print(render(json.loads(arguments.result.read_text())), end="")
 
 

@@ -1,9 +1,9 @@
-"""State and traffic of one optimizer step against devices, from compiled programs alone.
+"""Counts the state and the traffic of an optimizer step on many devices, from compiled programs.
 
-Nothing is allocated: for each distinct shape of a tree the step of one leaf is compiled for a mesh
-of virtual devices, sharded along its longest axes, and what the program holds and sends is counted
-as often as the shape occurs. What the model's own passes gather is not in it; nor is
-importance, which compares leaves once in a hundred steps by vectors of one number a leaf.
+Nothing is allocated. For each distinct shape of a tree the step of one leaf, sharded along its
+longest axes, is compiled for a mesh of virtual devices. What the program holds and sends is counted
+as often as the shape occurs. What the model's own passes gather is not included. Neither is
+importance, which compares leaves once in a hundred steps by vectors of one number per leaf.
 """
 
 import argparse
@@ -30,103 +30,107 @@ _COLLECTIVE = re.compile(
   r"(?:-start)?\(")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 _EVERYTHING = dict(edge_suppression=True, spatial_awareness=True, use_orthogonal_grad=True)
-# Below as many elements an array stays whole: nothing to save.
-_SMALL = 1 << 16
+# Arrays with fewer elements are replicated: sharding them would save nothing.
+_MIN_SHARDED_ELEMENTS = 1 << 16
 MODELS = {"SDXL's U-Net": trees.sdxl_unet, "transformer of 12 B": trees.transformer_12b}
 
 
-def collectives(text: str) -> list[tuple[str, int, int]]:
-  """Kind, elements and bytes of the result of each collective in optimised HLO."""
-  found = []
-  for result, kind in _COLLECTIVE.findall(text):
+def parse_collectives(hlo: str) -> list[tuple[str, int, int]]:
+  """Returns the kind, elements and bytes of the result of each collective in optimised HLO."""
+  collectives = []
+  for result, kind in _COLLECTIVE.findall(hlo):
     arrays = [(math.prod(int(n) for n in dims.split(",") if n), int(bits or 8) // 8)
               for _, bits, dims in _ARRAY.findall(result)]
-    size, each = max(arrays, default=(0, 0))
-    found.append((kind, size, size * max(each, 1)))
-  return found
+    elements, bytes_per_element = max(arrays, default=(0, 0))
+    collectives.append((kind, elements, elements * max(bytes_per_element, 1)))
+  return collectives
 
 
-def _mesh(devices: int) -> jax.sharding.Mesh:
-  """At most 64 devices along the first axis, what remains along the second."""
+def _make_mesh(devices: int) -> jax.sharding.Mesh:
+  """Makes a mesh with at most 64 devices along the first axis, and the rest along the second."""
   first = math.gcd(devices, 64)
   return jax.make_mesh((first, devices // first), ("data", "model"),
                        axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
 
 
-def _place(shape: tuple[int, ...], mesh: Any) -> NamedSharding:
-  """The longest axis over the first of the mesh, the next over the second, where they divide."""
+def _choose_sharding(shape: tuple[int, ...], mesh: Any) -> NamedSharding:
+  """Shards the longest axis over the mesh's first axis, and the next over the second.
+
+  An axis that is not divisible by the number of devices is passed over.
+  """
   spec: list[str | None] = [None] * len(shape)
   axes = sorted(range(len(shape)), key=lambda i: -shape[i])
-  for name in mesh.axis_names if math.prod(shape) >= _SMALL else ():
+  for name in mesh.axis_names if math.prod(shape) >= _MIN_SHARDED_ELEMENTS else ():
     free = [i for i in axes if spec[i] is None and shape[i] % mesh.shape[name] == 0]
     if free:
       spec[free[0]] = name
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def one_leaf(tx: Any, shape: tuple[int, ...], mesh: Any) -> dict[str, int]:
-  """What the step of one leaf holds and sends on each device."""
-  leaf = jax.ShapeDtypeStruct(shape, "float32", sharding=_place(shape, mesh))
+def count_leaf(tx: Any, shape: tuple[int, ...], mesh: Any) -> dict[str, int]:
+  """Counts what the step of one leaf holds and sends on each device."""
+  leaf = jax.ShapeDtypeStruct(shape, "float32", sharding=_choose_sharding(shape, mesh))
   params = {"kernel": leaf}
   state = hina_optax.abstract_state(tx, params)
-  shard = 4 * math.prod(leaf.sharding.shard_shape(shape))
-  held = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-             for x in jax.tree.leaves(state))
+  parameter_bytes = 4 * math.prod(leaf.sharding.shard_shape(shape))
+  state_bytes = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+                    for x in jax.tree.leaves(state))
   compiled = jax.jit(tx.update).lower(params, state, params).compile()
-  sent = collectives(compiled.as_text())
+  collectives = parse_collectives(compiled.as_text())
   return {
-    "parameters": shard, "state": held, "messages": len(sent),
-    "halo": sum(size for kind, _, size in sent if kind == "collective-permute"),
-    "sums": sum(size for kind, _, size in sent if kind == "all-reduce"),
-    "gathered": sum(size for kind, _, size in sent
+    "parameters": parameter_bytes, "state": state_bytes, "messages": len(collectives),
+    "halo": sum(size for kind, _, size in collectives if kind == "collective-permute"),
+    "sums": sum(size for kind, _, size in collectives if kind == "all-reduce"),
+    "gathered": sum(size for kind, _, size in collectives
                     if kind not in ("collective-permute", "all-reduce")),
     "temporaries": compiled.memory_analysis().temp_size_in_bytes,
   }
 
 
-def row(tx: Any, tree: trees.Tree, devices: int) -> dict[str, Any]:
-  """One tree on so many devices: sums over its leaves, and the temporaries of the largest."""
-  mesh = _mesh(devices)
+def count_tree(tx: Any, tree: trees.Tree, devices: int) -> dict[str, Any]:
+  """Sums the counts over the leaves of a tree; of the temporaries it takes the largest."""
+  mesh = _make_mesh(devices)
   counts = collections.Counter(x.shape for x in jax.tree.leaves(tree))
   total: collections.Counter[str] = collections.Counter()
   largest = 0
   for shape, count in counts.items():
-    found = one_leaf(tx, shape, mesh)
-    largest = max(largest, found.pop("temporaries"))
-    total.update({name: count * value for name, value in found.items()})
+    figures = count_leaf(tx, shape, mesh)
+    largest = max(largest, figures.pop("temporaries"))
+    total.update({name: count * value for name, value in figures.items()})
   return {"devices": devices, "shapes": len(counts), "leaves": sum(counts.values()), **total,
           "temporaries": largest}
 
 
-def line(model: str, found: dict[str, Any]) -> str:
-  """One row of the printed table."""
+def format_row(model: str, figures: dict[str, Any]) -> str:
+  """Formats one row of the printed table."""
   gb, mb = 1 << 30, 1e6
-  cells = [model, str(found["devices"]), f"{2 * found['parameters'] / gb:.2f}",
-           f"{found['state'] / gb:.2f}", f"{found['messages']:,}", f"{found['halo'] / mb:.2f}",
-           f"{found['sums'] / 1e3:.1f}", f"{found['gathered'] / mb:.2f}"]
+  cells = [model, str(figures["devices"]), f"{2 * figures['parameters'] / gb:.2f}",
+           f"{figures['state'] / gb:.2f}", f"{figures['messages']:,}",
+           f"{figures['halo'] / mb:.2f}", f"{figures['sums'] / 1e3:.1f}",
+           f"{figures['gathered'] / mb:.2f}"]
   return f"| {' | '.join(cells)} |"
 
 
-HEAD = ("| model | devices | parameters and gradients, GB a device | state, GB a device | "
-        "collectives a step | halo, MB a device | sums, kB a device | gathered, MB |\n" + "|---" * 8
-        + "|")
+HEADER = ("| model | devices | parameters and gradients, GB a device | state, GB a device | "
+          "collectives a step | halo, MB a device | sums, kB a device | gathered, MB |\n"
+          + "|---" * 8 + "|")
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
   """Compiles, prints and writes."""
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 512])
   parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-  arguments = parser.parse_args(words)
+  arguments = parser.parse_args(argv)
   tx = hina_optax.hina_adaptive(1e-4, **_EVERYTHING, use_dynamic_adaptation=False)
-  print(HEAD)
+  print(HEADER)
   rows = []
   for model, make in MODELS.items():
     for devices in arguments.devices:
-      found = row(tx, make(), devices)
-      rows.append({"model": model, **found})
-      print(line(model, found), flush=True)
+      figures = count_tree(tx, make(), devices)
+      rows.append({"model": model, **figures})
+      print(format_row(model, figures), flush=True)
       if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=2))
 

@@ -1,8 +1,8 @@
-"""Does storage harm training? The example's LoRA with its state kept in each form, over seeds.
+"""Tests whether compact state harms training: the example's LoRA with each storage, over seeds.
 
     python benchmarks/storage_training.py --output FILE.json
 
-Prints the held-out loss of each seed, and its mean relative to that of fp32 state.
+Prints the held-out loss of each seed, and the mean relative to that of fp32 state.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from latent_diffusion.workspace import Workspace
 
 
 def storages() -> dict[str, Any]:
-  """Wrappers by name. Every array is packed, also those that are too small by default."""
+  """Returns the storage wrappers by name. They convert small arrays too, unlike the defaults."""
   return {
     "fp32": lambda tx: tx,
     "bf16": lambda tx: hina_optax.with_state_dtype(tx, min_size=0),
@@ -36,9 +36,9 @@ def storages() -> dict[str, Any]:
   }
 
 
-def prepare(words: list[str]) -> tuple[pipeline.Setting, nnx.Module]:
-  """The example's data and its trained base."""
-  args = options.parse(words)
+def train_base(argv: list[str]) -> tuple[pipeline.Setting, nnx.Module]:
+  """Loads the example's data, and trains its base model."""
+  args = options.parse(argv)
   space = Workspace(args)
   data = dataset.load(args, space)
   setting = pipeline.Setting(
@@ -49,45 +49,50 @@ def prepare(words: list[str]) -> tuple[pipeline.Setting, nnx.Module]:
   return setting, program.model(state.average)
 
 
-def losses(setting: pipeline.Setting, base: nnx.Module, name: str, wrap: Any) -> list[float]:
-  """Final held-out loss of a LoRA for each seed."""
+def train_loras(setting: pipeline.Setting, base: nnx.Module, name: str, wrap: Any) -> list[float]:
+  """Trains a LoRA for each seed, and returns the final held-out losses."""
   args = setting.args
   rate = optimizers.schedule(args.lora_learning_rate, args.lora_steps, args.schedule)
-  chosen = optimizers.chosen_options(args, "lora") | {
+  # Without the preset's own memory options, so that the wrapper alone decides the storage.
+  hina_options = optimizers.chosen_options(args, "lora") | {
     "memory_efficient": False, "vram_budget_gb": None}
   model = add_lora(base, args.rank, nnx.Rngs(args.seed))
-  program = Program(model, setting.loss, wrap(optimizers.hina(rate, chosen)), wrt=nnx.LoRAParam)
-  found = []
+  tx = wrap(optimizers.hina(rate, hina_options))
+  program = Program(model, setting.loss, tx, wrt=nnx.LoRAParam)
+  losses = []
   for seed in range(args.seeds):
     plan = pipeline.plan(setting, program, setting.data.subject, args.lora_steps, seed, rate)
     folder = setting.space.runs / "storage" / name.replace(" ", "_") / str(seed)
     state = program.start(add_lora(base, args.rank, nnx.Rngs(seed)))
     _, rows = train(program, state, plan, folder, setting.space.display(f"{name}, seed {seed}"))
-    found.append(next(row["held_out"] for row in reversed(rows) if "held_out" in row))
-  return found
+    losses.append(next(row["held_out"] for row in reversed(rows) if "held_out" in row))
+  return losses
 
 
 def main() -> None:
-  """Trains all and prints a table."""
+  """Trains with every storage, and prints a table."""
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-  parser.add_argument("--steps", type=int, default=600, help="of the base (default: 600)")
-  parser.add_argument("--lora-steps", type=int, default=200, help="of each LoRA (default: 200)")
-  given = parser.parse_args()
+  parser.add_argument("--steps", type=int, default=600,
+                      help="steps of the base model (default: 600)")
+  parser.add_argument("--lora-steps", type=int, default=200,
+                      help="steps of each LoRA (default: 200)")
+  args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    setting, base = prepare([
-      "--steps", str(given.steps), "--lora-steps", str(given.lora_steps), "--rank", "16",
+    setting, base = train_base([
+      "--steps", str(args.steps), "--lora-steps", str(args.lora_steps), "--rank", "16",
       "--no-staged", "--output", folder])
-    found = {name: losses(setting, base, name, wrap) for name, wrap in storages().items()}
-  first = np.mean(found["fp32"])
+    losses = {name: train_loras(setting, base, name, wrap) for name, wrap in storages().items()}
+  baseline = np.mean(losses["fp32"])
   print("| state | held-out loss, seeds | mean over fp32's |\n|---|---|---|")
-  for name, values in found.items():
-    print(f"| {name} | {', '.join(f'{x:.4f}' for x in values)} | {np.mean(values) / first:.4f} |")
-  if given.output:
-    given.output.write_text(json.dumps({
-      "device": jax.devices()[0].device_kind, "jax": jax.__version__, "steps": given.steps,
-      "lora_steps": given.lora_steps, "held_out": found}, indent=1))
+  for name, values in losses.items():
+    ratio = np.mean(values) / baseline
+    print(f"| {name} | {', '.join(f'{x:.4f}' for x in values)} | {ratio:.4f} |")
+  if args.output:
+    args.output.write_text(json.dumps({
+      "device": jax.devices()[0].device_kind, "jax": jax.__version__, "steps": args.steps,
+      "lora_steps": args.lora_steps, "held_out": losses}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of PyTorch optimizers on the CPU; needs torch only when one is made."""
+"""PyTorch optimizers on the CPU for comparison. torch is imported only when one is made."""
 
 import importlib.util
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 
 ADAMW = "torch.optim.AdamW(fused=True)"
 REFERENCE = "HinaAdaptive (PyTorch), everything"
-# Said in full: defaults of a user's copy may differ.
+# All options are listed, since the defaults of a user's copy may differ.
 OPTIONS = {
   **dict.fromkeys((
     "edge_suppression", "spatial_awareness", "background_regularization", "lora_rank_penalty",
@@ -23,49 +23,52 @@ OPTIONS = {
 
 
 def is_installed() -> bool:
-  """Whether torch can be imported."""
+  """Returns whether torch can be imported."""
   return importlib.util.find_spec("torch") is not None
 
 
 class TorchTraining:
-  """Steps of a PyTorch optimizer on a constant gradient, axes in PyTorch's order."""
+  """Consecutive steps of a PyTorch optimizer on a constant gradient."""
 
   def __init__(self, make: Any, params: Any, gradients: Any):
-    """Copies arrays: a kernel `(in, out)` becomes `(out, in)`, one `(h, w, in, out)` as well."""
+    """Copies the arrays with their axes reversed: a kernel `(in, out)` becomes `(out, in)`."""
     import torch
     self._params = [torch.nn.Parameter(_tensor(x)) for x in jax.tree.leaves(params)]
     for parameter, gradient in zip(self._params, jax.tree.leaves(gradients)):
       parameter.grad = _tensor(gradient)
     self.optimizer = make(self._params)
 
-  def block(self, steps: int) -> float:
-    """Runs steps; gives seconds a step."""
+  def run_steps(self, steps: int) -> float:
+    """Runs a number of steps, and returns the seconds per step."""
     start = time.perf_counter()
     for _ in range(steps):
       self.optimizer.step()
     return (time.perf_counter() - start) / steps
 
   def state_bytes(self) -> int:
-    """Bytes of all tensors of state."""
+    """Counts the bytes of all tensors of the state."""
     import torch
-    held = [v for state in self.optimizer.state.values() for v in state.values()]
-    return sum(v.numel() * v.element_size() for v in held if isinstance(v, torch.Tensor))
+    values = [v for state in self.optimizer.state.values() for v in state.values()]
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
 
-def rows(reference: pathlib.Path | None, rate: float) -> dict[str, Any]:
-  """What makes each optimizer from a list of parameters, by name; empty without torch."""
+def contenders(reference: pathlib.Path | None, rate: float) -> dict[str, Any]:
+  """Returns, by name, functions that make an optimizer of a list of parameters.
+
+  The dict is empty if torch is not installed.
+  """
   if not is_installed():
     return {}
   import torch
-  found = {ADAMW: lambda params: torch.optim.AdamW(params, lr=rate, fused=True)}
+  makers = {ADAMW: lambda params: torch.optim.AdamW(params, lr=rate, fused=True)}
   if reference:
-    kind = load_reference(reference)
-    found[REFERENCE] = lambda params: kind(params, lr=rate, **OPTIONS)
-  return found
+    reference_class = load_reference(reference)
+    makers[REFERENCE] = lambda params: reference_class(params, lr=rate, **OPTIONS)
+  return makers
 
 
 def versions() -> dict[str, Any]:
-  """Torch's version and threads, where it is installed."""
+  """Returns torch's version and number of threads; the dict is empty if it is not installed."""
   if not is_installed():
     return {}
   import torch
@@ -73,7 +76,7 @@ def versions() -> dict[str, Any]:
 
 
 def load_reference(path: pathlib.Path) -> Any:
-  """The class `HinaAdaptive` of a file."""
+  """Imports the class `HinaAdaptive` from a file."""
   spec = importlib.util.spec_from_file_location("reference_hina_adaptive", path)
   if spec is None or spec.loader is None:
     raise ValueError(f"{path} is no Python file.")
@@ -86,5 +89,5 @@ def load_reference(path: pathlib.Path) -> Any:
 
 def _tensor(array: Any) -> Any:
   import torch
-  # Allocated by torch, and so aligned as a model's tensors are.
+  # The clone is allocated by torch, and so aligned like a model's tensors.
   return torch.from_numpy(np.transpose(np.asarray(array)).copy()).clone()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = dict[str, Any]
+# Widths of SDXL's embeddings: of the time, of the text, and of the pooled text with the image size.
 _TIME, _CONTEXT, _ADDED = 1280, 2048, 2816
 
 
@@ -46,25 +47,25 @@ def sdxl_unet() -> Tree:
   return tree
 
 
-def lora_of(tree: Tree, rank: int, target: str = "attn") -> Tree:
+def lora_factors(tree: Tree, rank: int, target: str = "attn") -> Tree:
   """LoRA factors for every dense kernel below a node whose name begins with `target`."""
 
-  def factors(node: Any, inside: bool) -> Any:
+  def make_factors(node: Any, in_target: bool) -> Any:
     if not isinstance(node, dict):
       return None
     kernel = node.get("kernel")
-    if inside and kernel is not None and len(kernel.shape) == 2:
-      into, out = kernel.shape
-      return {"lora_a": _array(into, rank), "lora_b": _array(rank, out)}
-    found = {k: factors(v, inside or k.startswith(target)) for k, v in node.items()}
-    return {k: v for k, v in found.items() if v} or None
+    if in_target and kernel is not None and len(kernel.shape) == 2:
+      inputs, outputs = kernel.shape
+      return {"lora_a": _array(inputs, rank), "lora_b": _array(rank, outputs)}
+    children = {k: make_factors(v, in_target or k.startswith(target)) for k, v in node.items()}
+    return {k: v for k, v in children.items() if v} or None
 
-  return factors(tree, False)
+  return make_factors(tree, False)
 
 
 def lora_420() -> Tree:
   """LoRA of rank 16 for 21 transformer layers of 640 channels: 420 factors, 7.4 M parameters."""
-  return lora_of({f"attn{i}": _layer(640) for i in range(21)}, 16)
+  return lora_factors({f"attn{i}": _layer(640) for i in range(21)}, 16)
 
 
 def dense_17m() -> Tree:
@@ -80,7 +81,7 @@ def dense_17m() -> Tree:
       channels = width
   sizes = (512, 2048, 2048, 256)
   pairs = enumerate(itertools.pairwise(sizes))
-  head = {f"dense{i}": _dense(into, out) for i, (into, out) in pairs}
+  head = {f"dense{i}": _dense(inputs, outputs) for i, (inputs, outputs) in pairs}
   return tree | head
 
 
@@ -122,9 +123,9 @@ def transformer_12b() -> Tree:
 
   return {
     "image_in": _dense(64, width), "text_in": _dense(4096, width),
-    **{f"{name}{i}": _dense(into, width)
-       for name, into in (("time", 256), ("pooled", 768), ("guidance", 256))
-       for i, into in ((0, into), (1, width))},
+    **{f"{name}{i}": _dense(inputs, width)
+       for name, inputs in (("time", 256), ("pooled", 768), ("guidance", 256))
+       for i, inputs in ((0, inputs), (1, width))},
     **{f"double{i}": double() for i in range(19)},
     **{f"single{i}": single() for i in range(38)},
     "final": {"adaln": _dense(width, 2 * width), "out": _dense(width, 64)},
@@ -132,12 +133,12 @@ def transformer_12b() -> Tree:
 
 
 def equal_leaves(count: int, shape: tuple[int, ...]) -> Tree:
-  """`count` leaves of one shape."""
+  """`count` leaves of the same shape."""
   return {f"w{i}": _array(*shape) for i in range(count)}
 
 
 def materialise(tree: Tree, seed: int) -> Tree:
-  """NumPy arrays of these shapes, normal with a deviation of 0.02."""
+  """Draws NumPy arrays of these shapes from a normal distribution with a deviation of 0.02."""
   rng = np.random.default_rng(seed)
   scale = np.float32(0.02)
   return jax.tree.map(
@@ -148,24 +149,24 @@ def _array(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _dense(into: int, out: int, bias: bool = True) -> Tree:
-  return {"kernel": _array(into, out)} | ({"bias": _array(out)} if bias else {})
+def _dense(inputs: int, outputs: int, bias: bool = True) -> Tree:
+  return {"kernel": _array(inputs, outputs)} | ({"bias": _array(outputs)} if bias else {})
 
 
-def _conv(into: int, out: int, side: int = 3) -> Tree:
-  return {"kernel": _array(side, side, into, out), "bias": _array(out)}
+def _conv(inputs: int, outputs: int, side: int = 3) -> Tree:
+  return {"kernel": _array(side, side, inputs, outputs), "bias": _array(outputs)}
 
 
 def _norm(width: int) -> Tree:
   return {"scale": _array(width), "bias": _array(width)}
 
 
-def _resnet(into: int, out: int) -> Tree:
+def _resnet(inputs: int, outputs: int) -> Tree:
   block = {
-    "norm1": _norm(into), "conv1": _conv(into, out), "time": _dense(_TIME, out),
-    "norm2": _norm(out), "conv2": _conv(out, out),
+    "norm1": _norm(inputs), "conv1": _conv(inputs, outputs), "time": _dense(_TIME, outputs),
+    "norm2": _norm(outputs), "conv2": _conv(outputs, outputs),
   }
-  return block | ({"shortcut": _conv(into, out, 1)} if into != out else {})
+  return block | ({"shortcut": _conv(inputs, outputs, 1)} if inputs != outputs else {})
 
 
 def _attention(width: int, context: int) -> Tree:

@@ -3,9 +3,9 @@
   python examples/distributed.py                     one process; on a CPU with 8 virtual devices
   python examples/distributed.py --num-processes 2   starts two on this machine, 4 devices each
 
-On a cluster start the same command once a host, with --coordinator, --num-processes and
---process-id (on Slurm, Open MPI and Cloud TPUs with --cluster alone: JAX finds the rest). It goes
-on from the last checkpoint in --output, whatever the mesh and the number of processes were.
+On a cluster start the same command once per host, with --coordinator, --num-processes and
+--process-id. On Slurm, Open MPI and Cloud TPUs --cluster is enough: JAX finds the rest. Training
+continues from the last checkpoint in --output, whatever the mesh and the number of processes were.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 
 
 def parse() -> argparse.Namespace:
-  """The command line."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   add = parser.add_argument
@@ -34,16 +34,21 @@ def parse() -> argparse.Namespace:
   add("--seed", type=int, default=0)
   add("--optimizer-arg", action="append", default=[], metavar="KEY=VALUE",
       help="option of hina_adaptive; may be repeated")
-  add("--cpu-devices", type=int, default=8, help="virtual devices of all processes on CPUs")
+  add("--cpu-devices", type=int, default=8,
+      help="virtual devices on CPUs, of all processes together")
   add("--num-processes", type=int, default=1)
-  add("--process-id", type=int, help="of this process; without it all are started here")
+  add("--process-id", type=int,
+      help="number of this process; without it all processes are started on this machine")
   add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   add("--cluster", action="store_true", help="let JAX find the processes of the cluster")
   return parser.parse_args()
 
 
 def start_all(count: int) -> int:
-  """Starts all processes on this machine; the status of the first that fails ends the others."""
+  """Starts all processes on this machine, and returns a status.
+
+  If one process fails, the others are terminated, and its status is returned.
+  """
   with socket.socket() as found:
     found.bind(("localhost", 0))
     address = f"localhost:{found.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Parts of the library in one chain, for a linen model and for an nnx model."""
+"""Trains a linen model and an nnx model with parts of the library in one optax chain."""
 
 import flax.linen as nn
 import jax

@@ -4,17 +4,17 @@
     python examples/torch_bridge.py --latents ~/cached            # latents cached by sd-scripts
     python examples/torch_bridge.py --reference hina_adaptive.py  # the PyTorch original beside it
 
-Trains (a) the Flax model with `hina_adaptive`, (b) the PyTorch model with the bridge's
-`HinaAdaptive`, (c) with --reference the PyTorch model with the class of that file, and the bridge
-again with sd_scripts_compat=True, which should follow it. Latents are read once; what JAX makes of
-them, noise included, torch reads where it lies (DLPack). Writes the curves and the distances
-between the parameters as a picture and as JSON.
+The script trains (a) the Flax model with `hina_adaptive` and (b) the PyTorch model with the
+bridge's `HinaAdaptive`. With --reference it also trains (c) the PyTorch model with the class of
+that file, and again with the bridge and sd_scripts_compat=True, which should follow (c). Latents
+are read once. JAX makes the noisy batches from them, and torch reads these without a copy (DLPack).
+The script writes the curves and the distances between the parameters as a picture and as JSON.
 
-The two frameworks add up in another order, so that gradients differ by rounding; where a sign
-decides (cautious updates, learning rates of elements) training makes more of it from step to step.
-How much shows a second run of Flax whose gradients are rounded anew: the bridge should stay as
-close. Dynamic adaptation is off unless asked for: it compares the first elements of matrices as
-they lie in memory, and Flax's are transposed.
+The two frameworks add up in a different order, so that gradients differ by rounding. Where a sign
+decides (cautious updates, element-wise learning rates) training amplifies the difference from step
+to step. A second run of Flax with differently rounded gradients shows how much: the bridge should
+stay as close. Dynamic adaptation is off by default, since it compares the first elements of
+matrices in memory order, and Flax's matrices are transposed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Run = dict[str, Any]
 
 
 def cached_latents(args: argparse.Namespace) -> dict[latents.Shape, np.ndarray]:
-  """Latents by shape, read once: a folder of sd-scripts' files, or made of bundled photographs."""
+  """Reads latents, by shape, from sd-scripts' files, or makes them from bundled photographs."""
   words = ["--smoke", "--output", str(args.output / "latents")]
   if args.latents:
     words += ["--latents", str(args.latents)]
@@ -63,7 +63,7 @@ def cached_latents(args: argparse.Namespace) -> dict[latents.Shape, np.ndarray]:
 
 @jax.jit
 def noised(clean: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-  """What both models are given at a step."""
+  """Makes the inputs that both models get at a step."""
   moment, noise = diffusion.draw(clean, key)
   alpha, sigma = diffusion.levels(moment)
   return {
@@ -74,14 +74,14 @@ def noised(clean: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
 
 
 def batches(stacks: dict[latents.Shape, np.ndarray], args: argparse.Namespace) -> Iterator[Any]:
-  """The same batches at every call."""
+  """Yields the same batches at every call."""
   for step in range(args.steps):
     clean = jnp.asarray(latents.batch(stacks, args.batch, args.seed, step))
     yield noised(clean, jax.random.fold_in(jax.random.key(args.seed), step))
 
 
 def rounded_anew(grads: Any, key: jax.Array) -> Any:
-  """Gradients with the last bit of each element moved at random."""
+  """Moves the last bit of each gradient element at random."""
   leaves, structure = jax.tree.flatten(grads)
   keys = jax.random.split(key, len(leaves))
   return structure.unflatten([
@@ -91,7 +91,7 @@ def rounded_anew(grads: Any, key: jax.Array) -> Any:
 
 def flax_run(model: Denoiser, stacks: Any, args: argparse.Namespace, settings: Any,
              nudged: bool = False) -> Run:
-  """(a): `hina_adaptive` on the Flax model."""
+  """Trains the Flax model with `hina_adaptive`, run (a)."""
   graph, params = nnx.split(model, nnx.Param)
   tx = hina_optax.hina_adaptive(args.learning_rate, **settings)
 
@@ -119,7 +119,7 @@ def flax_run(model: Denoiser, stacks: Any, args: argparse.Namespace, settings: A
 
 
 def torch_run(model: Denoiser, stacks: Any, args: argparse.Namespace, make: Any) -> Run:
-  """(b) and (c): an optimizer of torch on the PyTorch model."""
+  """Trains the PyTorch model with an optimizer of torch, runs (b) and (c)."""
   network = twin(model).to(args.device)
   optimizer = make(network)
 
@@ -141,7 +141,7 @@ def torch_run(model: Denoiser, stacks: Any, args: argparse.Namespace, make: Any)
 
 def run(step: Callable[[Any], float], stacks: Any, args: argparse.Namespace,
         now: Callable[[], dict[str, np.ndarray]]) -> Run:
-  """Losses, seconds a step, and parameters at every tenth of the run."""
+  """Trains, and returns the losses, the time per step, and parameters at ten points of the run."""
   losses, seconds, kept = [], [], {}
   for i, given in enumerate(batches(stacks, args)):
     jax.block_until_ready(given)
@@ -154,13 +154,13 @@ def run(step: Callable[[Any], float], stacks: Any, args: argparse.Namespace,
 
 
 def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-  """Norm of the difference over the norm, of all parameters together."""
+  """Returns the norm of the difference over the norm, taking all parameters together."""
   apart = sum(float(np.sum((one[n].astype(np.float64) - other[n]) ** 2)) for n in one)
   return (apart / sum(float(np.sum(x.astype(np.float64) ** 2)) for x in one.values())) ** 0.5
 
 
 def distances(runs: dict[str, Run]) -> dict[str, dict[int, float]]:
-  """Of the pairs that should agree, at every step that was kept."""
+  """Returns the distances of the pairs that should agree, at each step with saved parameters."""
   pairs = [(FLAX, BRIDGE), (FLAX, ROUNDED), (ORIGINAL, COMPAT)]
   return {
     f"{a} - {b}": {step: distance(x, runs[b]["parameters"][step])
@@ -169,7 +169,7 @@ def distances(runs: dict[str, Run]) -> dict[str, dict[int, float]]:
 
 
 def train_all(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Run]:
-  """Every run, from the same weights."""
+  """Trains every run, starting from the same weights."""
   stacks = cached_latents(args)
   channels = next(iter(stacks))[-1]
   model = Denoiser(channels, args.width, args.depth, args.heads, nnx.Rngs(args.seed))
@@ -188,7 +188,7 @@ def train_all(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, R
 
 
 def load_class(path: pathlib.Path) -> Any:
-  """The class `HinaAdaptive` of a file."""
+  """Imports the class `HinaAdaptive` from a file."""
   spec = importlib.util.spec_from_file_location("original_hina_adaptive", path)
   if spec is None or spec.loader is None or not path.exists():
     raise UserError(f"--reference: {path} is no Python file.")
@@ -200,7 +200,7 @@ def load_class(path: pathlib.Path) -> Any:
 
 
 def plot(runs: dict[str, Run], apart: dict[str, dict[int, float]], path: pathlib.Path) -> None:
-  """Losses on the left, distances on the right."""
+  """Plots losses on the left and distances on the right."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
   for i, (name, found) in enumerate(runs.items()):
     left.plot(found["losses"], label=f"{name}, {found['ms']:.0f} ms a step",
@@ -216,7 +216,7 @@ def plot(runs: dict[str, Run], apart: dict[str, dict[int, float]], path: pathlib
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  """The command line."""
+  """Parses the command line."""
   p = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("--latents", type=pathlib.Path, metavar="DIR", help=".npz files of sd-scripts")
@@ -229,16 +229,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   p.add_argument("--learning-rate", type=options.rate, default=1e-4)
   p.add_argument("--optimizer-arg", action="append", default=[], metavar="KEY=VALUE",
                  help="an option of hina_adaptive, for every run; may be repeated")
-  p.add_argument("--device", default="cpu", help="of the PyTorch model: cpu or cuda")
+  p.add_argument("--device", default="cpu", help="device of the PyTorch model: cpu or cuda")
   p.add_argument("--threads", type=options.positive, default=1,
-                 help="of torch on a CPU; for a model of this size one is fastest")
+                 help="threads of torch on a CPU; for a model of this size one is fastest")
   p.add_argument("--seed", type=options.natural, default=0)
   p.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bridge_output"))
   return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Trains, compares, and prints where the results are."""
+  """Trains, compares, and prints the path of the results."""
   args = parse(argv)
   torch.set_num_threads(args.threads)
   settings = {"use_dynamic_adaptation": False, "edge_suppression": True, "spatial_awareness": True}

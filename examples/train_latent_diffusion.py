@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-if "--smoke" in sys.argv:  # compiling is nearly all that it does: leave out LLVM's optimizations
+if "--smoke" in sys.argv:  # a smoke test mostly compiles: without LLVM's optimizations it is faster
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 from latent_diffusion import options, pipeline
@@ -12,7 +12,7 @@ from latent_diffusion.errors import Interrupted, UserError
 
 
 def main() -> int:
-  """Runs everything; the report's path is the last line."""
+  """Runs everything; the last line of the output is the report's path."""
   args = options.parse()
   words = [word for word in sys.argv[1:] if word != "--resume"]
   again = shlex.join([sys.executable, sys.argv[0], *words, "--resume"])

@@ -1,4 +1,8 @@
-"""Options of `hina_adaptive`: those that belong to no part, all of them checked, and presets."""
+"""The options of `hina_adaptive`: the general ones, checks of all options, and presets.
+
+"The guide" is the Traditional Chinese guide to HinaAdaptive that the library implements. "The
+original" is the PyTorch class `HinaAdaptive` in a fork of kohya's sd-scripts.
+"""
 
 import difflib
 import functools
@@ -17,9 +21,9 @@ _REPLACEMENT = (
   "it was removed because frequency has no image meaning in latents. Use edge_suppression, "
   "spatial_awareness or background_regularization instead."
 )
-# Whatever carries one of these words was an option of the removed Fourier features.
+# A name that contains one of these words was an option of the removed Fourier features.
 _REMOVED_WORDS = ("fourier", "super_resolution", "adaptive_frequency_weighting")
-_OTHER_NAMES = {"lr": "learning_rate", "b1": "betas", "b2": "betas", "mask": "weight_decay_mask"}
+_ALIASES = {"lr": "learning_rate", "b1": "betas", "b2": "betas", "mask": "weight_decay_mask"}
 
 
 def _check_learning_rate(name: str, value: Any) -> None:
@@ -28,25 +32,25 @@ def _check_learning_rate(name: str, value: Any) -> None:
 
 
 registry.register_options(
-  Option("learning_rate", 1e-3, registry.Allowed(_check_learning_rate, ">= 0, or a schedule"),
+  Option("learning_rate", 1e-3, registry.AllowedValues(_check_learning_rate, ">= 0, or a schedule"),
          "step size, a number or an optax schedule"),
-  Option("spatial_axes", None, registry.RULE,
+  Option("spatial_axes", None, registry.FUNCTION,
          "`f(path, leaf) -> axes` along which neighbours are compared; `None`: "
          "`flax_spatial_axes`", "give `torch_spatial_axes` for PyTorch's order"),
   Option("sd_scripts_compat", False, registry.FLAG,
          "the PyTorch original's arithmetic, step by step, faults included"),
 )
-# They say where state lies, not what is computed.
+# These options decide where state is stored, not what is computed.
 _MEMORY = (
   Option("memory_efficient", False, registry.FLAG,
          "keep state as `plan_memory` advises for the budget, or without one for what the device "
          "reports"),
-  Option("vram_budget_gb", None, registry.structural(registry.POSITIVE),
+  Option("vram_budget_gb", None, registry.require_static(registry.POSITIVE),
          "GB (2^30 bytes) for parameters, gradients and state; implies `memory_efficient`"),
   Option("reduce_precision", False, registry.FLAG, "keep state in bf16, rounded stochastically",
          "rounded to nearest"),
   Option("cpu_offload_states", False, registry.FLAG, "keep state in host memory"),
-  Option("max_buffer_memory_mb", None, registry.structural(registry.POSITIVE),
+  Option("max_buffer_memory_mb", None, registry.require_static(registry.POSITIVE),
          "MB (2^20 bytes) of hosted state that are on the device at once; `None`: 128, or the "
          "state of the largest parameter"),
   Option("adaptive_features", False, registry.FLAG, "plan for 80% of the budget"),
@@ -56,16 +60,16 @@ _MEMORY = (
 MEMORY_OPTIONS = tuple(option.name for option in _MEMORY)
 registry.register_options(
   *_MEMORY,
-  Option("leaf_batching", None, registry.structural(registry.FLAG),
+  Option("leaf_batching", None, registry.require_static(registry.FLAG),
          "stack leaves of equal shape; `None`: wherever a part beyond Adam's moments and weight "
          "decay is on"),
-  Option("max_batched_elements", None, registry.structural(registry.whole(1)),
+  Option("max_batched_elements", None, registry.require_static(registry.whole_number(1)),
          "elements up to which a leaf is stacked; `None`: 2**20"),
 )
 
 
 class HinaOptions(Mapping[str, Any]):
-  """The options of one `hina_adaptive`, checked: attributes, and a mapping of their names.
+  """The checked options of one `hina_adaptive`, as attributes and as a mapping from their names.
 
   Options that are not given have the defaults of `hina_optax.registry`.
 
@@ -76,13 +80,13 @@ class HinaOptions(Mapping[str, Any]):
 
   __slots__ = ("_values",)
 
-  def __init__(self, **given: Any):
+  def __init__(self, **options: Any):
     """Checks every option under the name the user gave it."""
     known = registry.options()
-    for name in given:
+    for name in options:
       if name not in known:
         raise_unknown_option(name, known)
-    values = {name: given.get(name, option.default) for name, option in known.items()}
+    values = {name: options.get(name, option.default) for name, option in known.items()}
     object.__setattr__(self, "_values", values)
     for name, option in known.items():
       option.check(values[name])
@@ -91,7 +95,7 @@ class HinaOptions(Mapping[str, Any]):
         part.check(self)
 
   def __getattr__(self, name: str) -> Any:
-    if name.startswith("_"):  # copies ask before there is a value
+    if name.startswith("_"):  # `copy` looks up special methods before `_values` is set.
       raise AttributeError(name)
     try:
       return self._values[name]
@@ -123,7 +127,7 @@ class HinaOptions(Mapping[str, Any]):
     return f"HinaOptions({', '.join(changed)})"
 
   def replace(self, **changes: Any) -> "HinaOptions":
-    """The same options but for these."""
+    """The same options except for `changes`."""
     return HinaOptions(**{**self._values, **changes})
 
   def as_dict(self) -> dict[str, Any]:
@@ -131,55 +135,60 @@ class HinaOptions(Mapping[str, Any]):
     return dict(self._values)
 
 
-def with_registered_options(
-  rebuilt: Callable[..., Any]
+def accept_registered_options(
+  rebuild: Callable[..., Any]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-  """A decorator of a factory, which then also takes the options of parts from elsewhere.
+  """Decorates a factory so that it also takes the options of parts from outside the package.
 
-  They stand in its signature as long as their parts are registered. An unknown keyword is an error
-  that helps. `rebuilt(made, **options)` gives what the factory made, with these options as well.
+  Its signature shows these options while their parts are registered. An unknown keyword raises an
+  error that suggests a known one.
+
+  Args:
+    rebuild: `rebuild(transformation, **options)` returns what the factory made, with these options
+      set as well.
   """
   def decorator(factory: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(factory)
-    own = signature.parameters
+    own_parameters = signature.parameters
 
     @functools.wraps(factory)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call_checked(*args: P.args, **kwargs: P.kwargs) -> R:
       known = registry.options()
       for name in kwargs:
         if name not in known:
           raise_unknown_option(name, known)
-      more = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
-      made = factory(*args, **kwargs)
-      return rebuilt(made, **more) if more else made
+      external = {name: kwargs.pop(name) for name in list(kwargs) if name not in own_parameters}
+      transformation = factory(*args, **kwargs)
+      return rebuild(transformation, **external) if external else transformation
 
     def extend_signature() -> None:
-      more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-              for name, option in registry.options().items() if name not in own]
-      checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own.values(), *more])
+      external = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in registry.options().items() if name not in own_parameters]
+      call_checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own_parameters.values(), *external])
 
-    registry.watch(extend_signature)
-    return checked
+    registry.add_watcher(extend_signature)
+    return call_checked
 
   return decorator
 
 
 def raise_unknown_option(name: str, known: Iterable[str]) -> None:
-  """Raises for an option that does not exist: what replaced it, or the nearest name.
+  """Raises for an option that does not exist, naming its replacement or the nearest name.
 
   Raises:
     ValueError: always.
   """
   if any(word in name for word in _REMOVED_WORDS):
     raise ValueError(f"{name}: {_REPLACEMENT}")
-  near = difflib.get_close_matches(name, known, n=1)
-  near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else near
-  hint = f" Did you mean '{near[0]}'?" if near else " See help(hina_optax.hina_adaptive)."
+  similar = difflib.get_close_matches(name, known, n=1)
+  similar = [_ALIASES[name]] if name in _ALIASES else similar
+  hint = f" Did you mean '{similar[0]}'?" if similar else " See help(hina_optax.hina_adaptive)."
   raise ValueError(f"hina_adaptive has no option '{name}'.{hint}")
 
 
-def _preset(overrides: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+def _make_preset(overrides: Mapping[str, Any], **options: Any) -> dict[str, Any]:
   return {**options, "memory_efficient": True, **overrides}
 
 
@@ -197,7 +206,7 @@ def lora_preset(**overrides: Any) -> dict[str, Any]:
     >>> hina_optax.lora_preset(edge_penalty=0.05)["edge_penalty"]
     0.05
   """
-  return _preset(
+  return _make_preset(
     overrides, learning_rate=1e-4, lora_rank_penalty=True, rank_penalty_strength=0.01,
     low_rank_emphasis=1.2, edge_suppression=True, edge_penalty=0.08, vram_budget_gb=8.0,
   )
@@ -217,7 +226,7 @@ def large_model_preset(**overrides: Any) -> dict[str, Any]:
     >>> hina_optax.large_model_preset()["learning_rate"]
     8e-05
   """
-  return _preset(
+  return _make_preset(
     overrides, learning_rate=8e-5, edge_suppression=True, edge_penalty=0.12,
     spatial_awareness=True, frequency_penalty=0.06, background_regularization=True,
     use_dynamic_adaptation=True, vram_budget_gb=16.0, reduce_precision=True,
@@ -239,7 +248,7 @@ def quick_preset(**overrides: Any) -> dict[str, Any]:
     >>> hina_optax.quick_preset()["edge_suppression"]
     True
   """
-  return _preset(
+  return _make_preset(
     overrides, learning_rate=1e-4, edge_suppression=True, edge_penalty=0.1, vram_budget_gb=6.0
   )
 
@@ -258,7 +267,7 @@ def extreme_memory_preset(**overrides: Any) -> dict[str, Any]:
     >>> hina_optax.extreme_memory_preset()["max_buffer_memory_mb"]
     200
   """
-  return _preset(
+  return _make_preset(
     overrides, learning_rate=1e-4, vram_budget_gb=4.0, reduce_precision=True,
     cpu_offload_states=True, max_buffer_memory_mb=200, adaptive_features=True,
   )

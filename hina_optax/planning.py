@@ -1,4 +1,4 @@
-"""Memory before and during training: `plan_memory` and `optimize_for_vram`."""
+"""Memory plans: `plan_memory` before training, `optimize_for_vram` during it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,33 +15,35 @@ from hina_optax.options import HinaOptions
 def plan_memory(
   optimizer: Any, params: Any, vram_budget_gb: float | None = None, reserve_gb: float = 0.0
 ) -> memory.MemoryPlan:
-  r"""Says what training needs, and how to keep the state so that it fits a budget.
+  r"""Computes how much memory training needs, and how to store the state so that it fits a budget.
 
-  Reads shapes and dtypes only; nothing is allocated, and `params` may be `jax.ShapeDtypeStruct`s.
-  Counted are parameters, gradients of their dtype, and state, to the byte; activations are not, so
-  leave room for them in `reserve_gb`. State goes from fp32 to bf16 to 8 bits to host memory, the
-  largest arrays first, until
+  Only shapes and dtypes are read; nothing is allocated, and `params` may be
+  `jax.ShapeDtypeStruct`s. The parameters, gradients of the same dtype, and the state are counted to
+  the byte. Activations are not counted: leave room for them in `reserve_gb`. State moves from fp32
+  to bf16 to 8 bits to host memory, the largest arrays first, until
 
   .. math:: 2 P + S_{device} + 2 W + R \le B
 
-  with the parameters `P`, a window `W` through which hosted state passes, the reserve `R` and the
-  budget `B`. For LoRA state is small: the plan says what a step saves and advises against one that
-  saves less than 1% of what is on the device.
+  with the bytes of the parameters `P`, of the state on the device `S_device`, of a window `W`
+  through which state in host memory passes, of the reserve `R` and of the budget `B`. For LoRA the
+  state is small: the plan reports what each move saves, and advises against a move that saves less
+  than 1% of what is on the device.
 
   Sizes are those of whole arrays: for parameters sharded over `n` devices give `n` times the memory
-  of one.
+  of one device.
 
   Args:
-    optimizer: what `hina_adaptive` returned, a dict of its options, or any optax transformation.
+    optimizer: the result of `hina_adaptive`, a dict of its options, or any optax transformation.
     params: tree of parameters, arrays or abstract.
-    vram_budget_gb: in GB (2^30 bytes), > 0. `None`: that of the options, else no limit.
+    vram_budget_gb: in GB (2^30 bytes), > 0. With `None` the option of that name is the budget; if
+      that is not set either, there is no limit.
     reserve_gb: GB of the budget for what is not counted, >= 0.
 
   Returns:
     A `MemoryPlan`: `print` it for a table, `to_dict()` for data.
 
   Raises:
-    ValueError: if the budget is not above 0 or the reserve below 0, or an option is wrong.
+    ValueError: if the budget is not above 0, if the reserve is below 0, or if an option is wrong.
     TypeError: if `optimizer` is none of the three.
 
   Example:
@@ -60,37 +62,39 @@ def plan_memory(
   checks.number("reserve_gb", reserve_gb)
   reserve = int(reserve_gb * memory.GB)
   shapes = jax.eval_shape(lambda tree: tree, params)
-  options = _options(optimizer)
+  options = _read_options(optimizer)
   if options is None:
     budget = None if vram_budget_gb is None else int(vram_budget_gb * memory.GB)
-    return memory.plan_state(optimizer, shapes, memory.Demands(budget=budget, reserve=reserve))
+    constraints = memory.PlanConstraints(budget=budget, reserve=reserve)
+    return memory.plan_state(optimizer, shapes, constraints)
   options = _with_budget(options, vram_budget_gb)
-  return alias.plan_of(options, params, reserve)
+  return alias.make_plan(options, params, reserve)
 
 
 def optimize_for_vram(
   optimizer: HinaTransformation, state: Any, params: Any, target_vram_gb: float,
   reserve_gb: float = 0.0,
 ) -> tuple[HinaTransformation, Any]:
-  """Plans again for another budget, and moves a running state into the new plan.
+  """Makes a plan for another budget, and converts the state of a running training to it.
 
-  Training goes on where it was: values are those of the old state, rounded once to the new form.
-  State moves array by array, so that at most one is unpacked at a time; drop the old state to free
-  its memory. The new transformation is compiled at its first use.
+  Training continues where it was: the values are those of the old state, rounded once to the new
+  storage. The state is converted array by array, so that at most one array is unpacked at a time.
+  Drop the old state to free its memory. The new transformation is compiled at its first use.
 
   Args:
-    optimizer: what `hina_adaptive` returned.
+    optimizer: the result of `hina_adaptive`.
     state: its state.
-    params: the parameters it was made for.
+    params: the parameters that the state was made for.
     target_vram_gb: the new budget in GB (2^30 bytes), > 0.
-    reserve_gb: GB of it for what is not counted, >= 0.
+    reserve_gb: GB of the budget for what is not counted, >= 0.
 
   Returns:
-    The new transformation and its state. What the plan says is `plan_memory(optimizer, params)`.
+    The new transformation and its state. `plan_memory(optimizer, params)` of the new transformation
+    returns the plan.
 
   Raises:
     TypeError: if `optimizer` is not from `hina_adaptive`.
-    ValueError: if the budget is not above 0, or the state is not of this optimizer.
+    ValueError: if the budget is not above 0, or if the state does not belong to this optimizer.
 
   Example:
     >>> import jax.numpy as jnp
@@ -108,31 +112,31 @@ def optimize_for_vram(
   if not isinstance(optimizer, HinaTransformation):
     raise TypeError(
       "optimizer must be what hina_adaptive returned, got "
-      f"{type(optimizer).__name__}: of any other only plan_memory knows the state."
+      f"{type(optimizer).__name__}: for any other transformation there is only plan_memory."
     )
   check_budget("target_vram_gb", target_vram_gb)
   checks.number("reserve_gb", reserve_gb)
-  # The reserve is taken off the budget, so that the new options alone give the same plan.
-  room = max(target_vram_gb - reserve_gb, 1e-9)
-  new = alias.build(_with_budget(optimizer.options, room))
+  # The reserve is subtracted from the budget, so that the new options alone give the same plan.
+  budget_gb = max(target_vram_gb - reserve_gb, 1e-9)
+  new = alias.build(_with_budget(optimizer.options, budget_gb))
   return new, move_state(optimizer, new, state, params)
 
 
 def check_budget(name: str, gb: float) -> None:
-  """Refuses a budget that is not above 0."""
+  """Refuses a budget that is not above 0; `name` is the argument's name for the error."""
   checks.number(name, gb, open_low=True)
 
 
 def move_state(
   old: HinaTransformation, new: HinaTransformation, state: Any, params: Any
 ) -> Any:
-  """A state of `old` in the plan of `new`, which differs in memory options only."""
-  opened = memory.open_state(old.decide(params, state), state, params)
-  return memory.store_state(new.decide(params, state), opened, params)
+  """Converts a state from the plan of `old` to that of `new`, which differs in memory options."""
+  opened = memory.unwrap_state(old.choose_plan(params, state), state, params)
+  return memory.convert_state(new.choose_plan(params, state), opened, params)
 
 
-def _options(optimizer: Any) -> HinaOptions | None:
-  """Options of `hina_adaptive`; `None` for another transformation."""
+def _read_options(optimizer: Any) -> HinaOptions | None:
+  """Returns the options of `hina_adaptive`, or `None` for another transformation."""
   if isinstance(optimizer, HinaTransformation):
     return optimizer.options
   if isinstance(optimizer, HinaOptions):
@@ -148,6 +152,7 @@ def _options(optimizer: Any) -> HinaOptions | None:
 
 
 def _with_budget(options: HinaOptions, vram_budget_gb: float | None) -> HinaOptions:
+  """Replaces the budget of the options, unless the new one is `None`."""
   if vram_budget_gb is None:
     return options
   return options.replace(vram_budget_gb=vram_budget_gb)

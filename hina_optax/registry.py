@@ -1,8 +1,8 @@
-"""What each part declares beside its formula: its options, its place, its state, its figures.
+"""The registry of parts: the options, the place, the state and the figures of each part.
 
-`hina_adaptive` and its checks, `get_optimization_info`, what a memory plan may switch off, the
-table of options, the benchmarks and the tests read the parts from here. `register` adds one from
-outside of the package; CONTRIBUTING.md walks through it.
+`hina_adaptive` and its checks, `get_optimization_info`, memory plans, the table of options, the
+benchmarks and the tests read the parts from here. `register` adds a part from outside the package;
+CONTRIBUTING.md walks through it.
 """
 
 import dataclasses
@@ -12,59 +12,61 @@ from typing import Any
 
 from hina_optax.base import checks, lora
 
-# Where a part stands in the chain of `hina_adaptive`, in this order. A part of the first place
-# changes the gradient. The last of `"moments"` that is on makes a direction of it, a `"direction"`
-# wraps that, a `"rate"` is a rule that scales it, a `"decay"` adds to it. A `"step"` wraps all of
-# them and the learning rate.
+# The places of parts in the chain of `hina_adaptive`, in order. A `"gradient"` part changes the
+# gradient. The last `"moments"` part that is on turns the gradient into a direction. A
+# `"direction"` part wraps the direction, a `"rate"` part is a rule that scales it, and a `"decay"`
+# part adds to it. A `"step"` part wraps all parts since `"moments"` and the learning rate.
 PLACES = ("gradient", "moments", "direction", "rate", "decay", "step")
 
 
 @dataclasses.dataclass(frozen=True)
-class Allowed:
-  """What an option may be.
+class AllowedValues:
+  """The values that an option may have.
 
   Attributes:
     check: `check(name, value)` raises for any other value.
-    words: the same for people.
+    description: the allowed values in words.
   """
 
   check: Callable[[str, Any], None]
-  words: str
+  description: str
 
 
-def at_least(low: float) -> Allowed:
-  """Numbers from `low` on."""
-  return Allowed(functools.partial(checks.number, low=low), f">= {low:g}")
+def at_least(low: float) -> AllowedValues:
+  """Numbers of at least `low`."""
+  return AllowedValues(functools.partial(checks.number, low=low), f">= {low:g}")
 
 
-def whole(low: int) -> Allowed:
-  """Whole numbers from `low` on."""
-  return Allowed(functools.partial(checks.integer, low=low), f"whole, >= {low}")
+def whole_number(low: int) -> AllowedValues:
+  """Whole numbers of at least `low`."""
+  return AllowedValues(functools.partial(checks.integer, low=low), f"whole, >= {low}")
 
 
-def one_of(*values: Any) -> Allowed:
-  """One of these values."""
-  return Allowed(functools.partial(checks.choice, allowed=values), " or ".join(map(repr, values)))
+def one_of(*values: Any) -> AllowedValues:
+  """One of `values`."""
+  return AllowedValues(
+    functools.partial(checks.choice, allowed=values), " or ".join(map(repr, values)))
 
 
-def structural(allowed: Allowed) -> Allowed:
-  """The same, but no traced value: the structure of the program depends on it."""
+def require_static(allowed: AllowedValues) -> AllowedValues:
+  """The values of `allowed`, but none that is traced: the program's structure depends on it."""
   def check(name: str, value: Any) -> None:
-    checks.structural(name, value)
+    checks.static_value(name, value)
     allowed.check(name, value)
 
-  return Allowed(check, allowed.words)
+  return AllowedValues(check, allowed.description)
 
 
-FLAG = Allowed(checks.flag, "True or False")
+FLAG = AllowedValues(checks.flag, "True or False")
 NUMBER = at_least(0.0)
-POSITIVE = Allowed(functools.partial(checks.number, open_low=True), "> 0")
-FRACTION = Allowed(checks.fraction, "in [0, 1]")
-SHARE = Allowed(functools.partial(checks.number, high=1.0, open_low=True), "in (0, 1]")
-DECAY = Allowed(checks.decay, "in [0, 1)")
-RULE = Allowed(checks.rule, "a function")
-PATTERN = Allowed(lambda name, value: _check_pattern(value), "a regular expression")
-ANYTHING = Allowed(lambda name, value: None, "")
+POSITIVE = AllowedValues(functools.partial(checks.number, open_low=True), "> 0")
+FRACTION = AllowedValues(checks.unit_interval, "in [0, 1]")
+POSITIVE_FRACTION = AllowedValues(
+  functools.partial(checks.number, high=1.0, open_low=True), "in (0, 1]")
+DECAY = AllowedValues(checks.decay, "in [0, 1)")
+FUNCTION = AllowedValues(checks.optional_function, "a function")
+PATTERN = AllowedValues(lambda name, value: _check_pattern(value), "a regular expression")
+ANYTHING = AllowedValues(lambda name, value: None, "")
 
 
 def _check_pattern(value: Any) -> None:
@@ -77,15 +79,15 @@ class Option:
 
   Attributes:
     name: the keyword.
-    default: what it is if nobody says; `None` is always allowed where it is the default.
-    allowed: its values.
-    text: what it does, in a line.
-    compat: what it does with `sd_scripts_compat=True`; empty where that is the same.
+    default: the default. If it is `None`, `None` is always allowed.
+    allowed: the allowed values.
+    text: what the option does, in one line.
+    compat: what the option does with `sd_scripts_compat=True`; empty if that is the same.
   """
 
   name: str
   default: Any
-  allowed: Allowed
+  allowed: AllowedValues
   text: str
   compat: str = ""
 
@@ -97,16 +99,17 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A number that tells how a part is doing, read from its state.
+  """A number that shows how a part is doing, read from its state.
 
   Attributes:
-    field: of the state, with one number per leaf: the figure is their mean.
-    least: numbers up to it mark leaves that the part leaves alone; they are not in the mean.
-    read: `read(state)` gives the figure itself, in place of `field`. It may trace.
+    field: the field of the state, with one number per leaf, whose mean is the figure.
+    skip_up_to: numbers up to this one mark leaves that the part does not change. The mean leaves
+      them out.
+    read: `read(state)` gives the figure itself, in place of `field`. It may use traced operations.
   """
 
   field: str = ""
-  least: float = -1.0
+  skip_up_to: float = -1.0
   read: Callable[[Any], Any] | None = None
 
 
@@ -118,16 +121,18 @@ class Part:
     factory: the public function.
     state: the NamedTuple class of its state.
     place: one of `PLACES`.
-    position: parts of one place follow each other by it. Those of the package have 10, 20, ...
-    options: its own options. An option may be shared by several parts.
-    switches: names of those that switch it, or a feature of it, on.
-    build: makes it: `build(options)`, in the places `"direction"` and `"step"`
-      `build(options, inner)`. A `"rate"` is a rule.
-    is_on: whether the options ask for it; `None`: whether one of its switches is on.
+    position: the order of the parts of one place. The package's own parts have 10, 20, ...
+    options: the options of the part. Several parts may share an option.
+    switches: the names of the options that switch the part, or a feature of it, on.
+    build: `build(options)` makes the part; in the places `"direction"` and `"step"` it is
+      `build(options, inner)`. In the place `"rate"` it returns a rule.
+    is_on: `is_on(options)` says whether the options ask for the part; `None`: the part is on if one
+      of its switches is.
     check: `check(options)` refuses options that do not go together.
-    shows: for each switch, whether a state shows that it is on; without an entry any state does.
-    figures: by name.
-    given_up: the order in which `emergency_simplify` switches it off; `None`: never.
+    shows: for each switch, a function of a state that says whether the switch is on. A switch
+      without an entry is on in any state of the part.
+    figures: the figures of the part by name.
+    drop_order: the order in which `emergency_simplify` switches parts off; `None`: never.
     reads_params: whether the update needs `params`.
     scale_free: whether scaling the gradient scales the update, and changes nothing else.
     moves_minimum: whether it moves the minimum of the loss, or may stop before it.
@@ -146,7 +151,7 @@ class Part:
   check: Callable[[Any], None] | None = None
   shows: Mapping[str, Callable[[Any], bool]] = dataclasses.field(default_factory=dict)
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
-  given_up: int | None = None
+  drop_order: int | None = None
   reads_params: bool = False
   scale_free: bool = False
   moves_minimum: bool = False
@@ -155,11 +160,11 @@ class Part:
 
   @property
   def name(self) -> str:
-    """That of its factory."""
+    """The name of its factory."""
     return self.factory.__name__
 
-  def asked_for(self, options: Any) -> bool:
-    """Whether the options ask for it."""
+  def is_enabled(self, options: Any) -> bool:
+    """Whether the options ask for the part."""
     if self.is_on is not None:
       return self.is_on(options)
     return any(getattr(options, name) for name in self.switches)
@@ -167,17 +172,17 @@ class Part:
 
 def regularizer(
   factory: Callable[..., Any], state: type, position: int, switch: Option,
-  arguments: Mapping[str, Option | str], **more: Any,
+  arguments: Mapping[str, Option | str], **attributes: Any,
 ) -> Part:
-  """A part that changes the gradient, all of whose arguments are options.
+  """A `"gradient"` part, all of whose arguments are options.
 
   Args:
     factory: the public function, a gradient transformation.
     state: the class of its state.
-    position: among the others; those of the package have 10, 20, ..., 70.
+    position: the order among the gradient parts. The package's own have 10, 20, ..., 70.
     switch: the option that switches it on.
-    arguments: for each argument of `factory` its option, or the name of an option that it shares.
-    **more: other attributes of `Part`.
+    arguments: for each argument of `factory` its option, or the name of an option of another part.
+    **attributes: other attributes of `Part`.
   """
   names = {argument: option if isinstance(option, str) else option.name
            for argument, option in arguments.items()}
@@ -185,25 +190,27 @@ def regularizer(
   def build(options: Any) -> Any:
     return factory(**{argument: getattr(options, name) for argument, name in names.items()})
 
-  own = tuple(option for option in arguments.values() if isinstance(option, Option))
-  return Part(factory, state, "gradient", position, (switch, *own), (switch.name,), build, **more)
+  own_options = tuple(option for option in arguments.values() if isinstance(option, Option))
+  return Part(factory, state, "gradient", position, (switch, *own_options), (switch.name,), build,
+              **attributes)
 
 
 _parts: dict[str, Part] = {}
+# Options that belong to no part.
 _general: dict[str, Option] = {}
-# Called after the options have changed.
+# Functions to call after the options have changed.
 _watchers: list[Callable[[], None]] = []
 
 
 def register(part: Part) -> Part:
-  """Makes a part known to `hina_adaptive` and to all that reads its parts.
+  """Registers a part, so that `hina_adaptive` and all other readers of the registry know it.
 
   Returns:
     `part`.
 
   Raises:
-    ValueError: if its place is unknown, another part has its name, or another option one of its
-      options' names.
+    ValueError: if the place is unknown, or another part has the same name, or another option has
+      the name of one of the part's options.
   """
   if part.place not in PLACES:
     raise ValueError(f"place must be one of {', '.join(PLACES)}; got {part.place!r}.")
@@ -219,37 +226,37 @@ def register(part: Part) -> Part:
   if unknown:
     raise ValueError(f"switches {sorted(unknown)} of '{part.name}' are none of its options.")
   _parts[part.name] = part
-  _tell()
+  _notify_watchers()
   return part
 
 
-def forget(name: str) -> None:
-  """Takes back what `register` did for the part with this name."""
+def unregister(name: str) -> None:
+  """Removes the part with this name from the registry."""
   if _parts.pop(name, None) is None:
     raise ValueError(f"no part with the name '{name}' is registered; known: {', '.join(_parts)}.")
-  _tell()
+  _notify_watchers()
 
 
 def register_options(*general: Option) -> None:
-  """Makes options known that belong to no part."""
+  """Registers options that belong to no part."""
   _general.update((option.name, option) for option in general)
-  _tell()
+  _notify_watchers()
 
 
-def watch(call: Callable[[], None]) -> None:
-  """Has `call` called now, and whenever the options have changed."""
-  _watchers.append(call)
-  call()
+def add_watcher(watcher: Callable[[], None]) -> None:
+  """Calls `watcher` now, and again whenever the options have changed."""
+  _watchers.append(watcher)
+  watcher()
 
 
 def parts(place: str | None = None) -> list[Part]:
   """All parts, or those of one place, in the order of the chain."""
-  found = [part for part in _parts.values() if place in (None, part.place)]
-  return sorted(found, key=lambda part: (PLACES.index(part.place), part.position, part.name))
+  chosen = [part for part in _parts.values() if place in (None, part.place)]
+  return sorted(chosen, key=lambda part: (PLACES.index(part.place), part.position, part.name))
 
 
 def options() -> dict[str, Option]:
-  """All options by name: general ones first, then those of the parts in their order."""
+  """All options by name: the general ones first, then those of the parts in their order."""
   return _general | {option.name: option for part in parts() for option in part.options}
 
 
@@ -264,12 +271,12 @@ def option_table() -> str:
           "|---|---|---|---|---|"]
   for option in options().values():
     default = f"`{option.default!r}`"
-    cells = (f"`{option.name}`", default, option.allowed.words, option.text,
+    cells = (f"`{option.name}`", default, option.allowed.description, option.text,
              option.compat or "the same")
     rows.append(f"| {' | '.join(cells)} |")
   return "\n".join(rows)
 
 
-def _tell() -> None:
-  for call in _watchers:
-    call()
+def _notify_watchers() -> None:
+  for watcher in _watchers:
+    watcher()

@@ -30,6 +30,12 @@ class Case:
     costly: whether it takes so long to compile that tests of how a transformation is driven,
       rather than of what it computes, leave it to `make slow`.
     rare: whether all tests do; what is its own the cases of the parts cover.
+    looks_across: whether the update of a leaf may depend on other leaves.
+    spreads_bad_numbers: whether a bad number in one leaf may reach the updates of other leaves.
+    sharded_every_time: whether the default run tests it on a mesh of 4 by 2 devices.
+    explicit_every_time: whether the default run tests it in explicit sharding mode.
+    ranges: names of the options of a wrapper that random examples vary.
+    faults_every_time: whether the default run feeds it bad numbers.
   """
 
   name: str
@@ -43,6 +49,12 @@ class Case:
   converges: bool = True
   costly: bool = False
   rare: bool = False
+  looks_across: bool = False
+  spreads_bad_numbers: bool = False
+  sharded_every_time: bool = False
+  explicit_every_time: bool = False
+  faults_every_time: bool = False
+  ranges: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     return self.name
@@ -61,6 +73,19 @@ class Case:
 WRAPPING = ("direction", "rate", "step")
 
 
+LOOKS_ACROSS = ("add_rank_penalty", "scale_by_importance")
+SPREADS_BAD_NUMBERS = ("scale_by_importance",)
+# These cover stencils, order statistics, sums and the core.
+SHARDED_EVERY_TIME = ("attenuate_background-fast", "preserve_detail", "cautious")
+EXPLICIT_EVERY_TIME = ("suppress_edges",)
+# These contain the code of the other cases, and the path of the numbers through their sums.
+FAULTS_EVERY_TIME = ("suppress_edges", "scale_by_hina-torque-adopt", "scale_by_importance")
+WRAPPER_RANGES = {
+  "scale_by_sign_agreement": ("bump", "min_scale", "max_scale"), "cautious-leaf": ("factor",),
+  "scale_by_importance": ("strength", "decay"), "project_to_init": ("strength",),
+}
+
+
 def cases_of(part: registry.Part) -> tuple[Case, ...]:
   """One case for each example that the part gives."""
   return tuple(_case(part, label, dict(kwargs)) for label, kwargs in part.examples.items())
@@ -73,11 +98,16 @@ def _case(part: registry.Part, label: str, kwargs: dict[str, Any]) -> Case:
       return part.factory(**arguments)
     return part.factory(_descent() if part.place == "step" else ho.scale_by_hina(), **arguments)
 
+  name = f"{part.name}-{label}" if label else part.name
   return Case(
-    name=f"{part.name}-{label}" if label else part.name, make=make, kind=part.place,
+    name=name, make=make, kind=part.place,
     identity=None if part.identity is None else functools.partial(make, **part.identity),
     factory=None if part.place in WRAPPING else part.factory, kwargs=kwargs,
-    reads_params=part.reads_params, scale_free=part.scale_free, converges=not part.moves_minimum)
+    reads_params=part.reads_params, scale_free=part.scale_free, converges=not part.moves_minimum,
+    looks_across=part.name in LOOKS_ACROSS, spreads_bad_numbers=part.name in SPREADS_BAD_NUMBERS,
+    sharded_every_time=name in SHARDED_EVERY_TIME, explicit_every_time=name in EXPLICIT_EVERY_TIME,
+    faults_every_time=name in FAULTS_EVERY_TIME,
+    ranges=next((r for start, r in WRAPPER_RANGES.items() if name.startswith(start)), ()))
 
 
 def _descent() -> optax.GradientTransformationExtraArgs:

@@ -101,7 +101,7 @@ def test_kernels_are_what_the_entry_and_its_calls_do(scripts):
 def test_each_part_switches_on_one_option_of_the_core(scripts):
   made = {name: make() for name, make in scripts.contenders.contenders().items()}
   core = made["core"].options
-  switches = [x for x in registry.switches() if x not in scripts.contenders.SAME]
+  switches = [x for x in registry.switches() if x not in scripts.contenders.SKIPPED_SWITCHES]
   assert len(switches) > 10
   for switch in switches:
     own = made[f"core + {switch}"].options
@@ -113,7 +113,7 @@ def test_rounds_alternate_and_warm_up(scripts):
   calls = []
 
   def run(name):
-    return SimpleNamespace(block=lambda steps: calls.append((name, steps)) or 0.04)
+    return SimpleNamespace(run_steps=lambda steps: calls.append((name, steps)) or 0.04)
 
   first, second = scripts.measure.alternate([run("a"), run("b")], seconds=0, block_s=0.1)
   assert len(first) == len(second) == 5

@@ -65,8 +65,7 @@ def test_the_layout_is_that_of_the_argument_not_of_an_earlier_call(batched):
 def driven(case):
   """The case as an optimizer in the loop over groups of leaves, if it is taken there in a chain."""
   tx = as_optimizer(case)
-  looks_across = case.name.startswith(("add_rank_penalty", "scale_by_importance"))
-  return tx if case.kind == "alias" or looks_across else ho.with_leaf_batching(tx)
+  return tx if case.kind == "alias" or case.looks_across else ho.with_leaf_batching(tx)
 
 
 def in_two_calls(tx):
@@ -187,7 +186,7 @@ MAPPED = {
 def test_a_step_inside_of_shard_map_is_the_step(name, devices, for_cpus, monkeypatch):
   """With JAX's own checks of what is replicated: parameters are, gradients are summed."""
   if for_cpus:
-    monkeypatch.setattr(xla_cpu, "LEAST", 0)
+    monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   tx, params, whole = MAPPED[name](), trees.layers(), PartitionSpec()
   mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
 

@@ -7,11 +7,11 @@ import pytest
 
 import hina_optax as ho
 from hina_optax.base import numerics
-from hina_optax.base.leaf import Leaf, array_of
-from hina_optax.grouped.xla_cpu import CalledLeaf, FlatLeaf, carried
+from hina_optax.base.leaf import Leaf, get_array
+from hina_optax.grouped.xla_cpu import CpuLeaf, FlatCpuLeaf, make_reshaped_leaf
 
 # Programs of whatever platform, and those for CPUs, whose long ways are branches.
-KINDS = {"plain": Leaf, "for CPUs": CalledLeaf, "flat, for CPUs": FlatLeaf}
+KINDS = {"plain": Leaf, "for CPUs": CpuLeaf, "flat, for CPUs": FlatCpuLeaf}
 WAYS = {
   "alone": lambda function, *arrays: jnp.stack([jax.jit(function)(*row) for row in zip(*arrays)]),
   "stacked": lambda function, *arrays: jax.jit(jax.vmap(function))(*arrays),
@@ -23,7 +23,7 @@ SIZES = [(1.0, 3.0), (1.0, 1e-25), (1e25, 1.0), (1e-30, 1e30), (0.0, 1.0)]
 def norm(leaf, x):
   """The norm of a leaf: from its squares where fp32 holds them, else scaled first."""
   squares = numerics.inner_product(x, x)
-  return leaf.seldom((squares > 1e-30) & (squares < 1e36), jnp.sqrt(squares),
+  return leaf.recompute_unless((squares > 1e-30) & (squares < 1e36), jnp.sqrt(squares),
                      numerics.scaled_norm, x)
 
 
@@ -54,8 +54,8 @@ def test_what_is_left_of_a_gradient_is_orthogonal(shares, kind, way):
 
   def update(*leaves):
     if kind != "plain":
-      leaves = [carried(x.ravel() if flat else x, x.shape, flat) for x in leaves]
-    return array_of(tx.update(leaves[0], tx.init(w[0]), leaves[1])[0])
+      leaves = [make_reshaped_leaf(x.ravel() if flat else x, x.shape, flat) for x in leaves]
+    return get_array(tx.update(leaves[0], tx.init(w[0]), leaves[1])[0])
 
   actual = WAYS[way](update, *(jnp.asarray(x, jnp.float32) for x in (g, w)))
   for a, e, share in zip(actual, expected, shares):

@@ -18,7 +18,7 @@ def many_leaves():
   make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
   params = {f"l{i}": {"lora_a": make(512, 64), "lora_b": make(64, 512)} for i in range(34)}
   params["conv"] = {"kernel": make(3, 3, 64, 64)}
-  assert sum(x.size for x in jax.tree.leaves(params)) > xla_cpu.LEAST
+  assert sum(x.size for x in jax.tree.leaves(params)) > xla_cpu.MIN_ELEMENTS
   return params
 
 
@@ -51,7 +51,7 @@ def test_a_program_exported_for_an_accelerator_knows_nothing_of_cpus():
 
 
 def test_a_program_exported_for_several_platforms_runs_here(monkeypatch):
-  monkeypatch.setattr(xla_cpu, "LEAST", 0)
+  monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   tx, params = ho.hina_adaptive(1e-2, relationship_discovery_interval=1), trees.layers()
   gradients, state = trees.sequence(params, 1)[0], tx.init(params)
   exported = jax.export.export(jax.jit(tx.update), platforms=("cpu", "cuda"))(
@@ -66,7 +66,7 @@ def test_small_trees_have_the_plain_program(monkeypatch):
   state = tx.init(params)
   text = lambda: jax.jit(tx.update).lower(params, state, params).as_text()  # noqa: E731
   assert "_never" not in text()
-  monkeypatch.setattr(xla_cpu, "LEAST", 0)
+  monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   tx = ho.hina_adaptive(1e-2)
   assert "_never" in text()
 
@@ -81,8 +81,8 @@ def test_a_program_for_cpus_gives_the_numbers_of_the_plain_one(case, monkeypatch
   gradients = trees.sequence(params, 4)
   gradients[2] = {**gradients[2], "bias": None, "layers": {**gradients[2]["layers"], "1": {
     **gradients[2]["layers"]["1"], "square": None}}}
-  monkeypatch.setattr(xla_cpu, "LEAST", 1 << 60)
+  monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 1 << 60)
   expected = trees.run(driven(case), params, gradients, apply=False)
-  monkeypatch.setattr(xla_cpu, "LEAST", 0)
+  monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   actual = trees.run(driven(case), params, gradients, apply=False)
   trees.assert_close(actual, expected, 2e-5, 2e-6)

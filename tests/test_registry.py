@@ -38,7 +38,7 @@ def outside(tmp_path):
   spec.loader.exec_module(module)
   exec(line, vars(module))
   yield module
-  registry.forget("limit_outliers")
+  registry.unregister("limit_outliers")
   del sys.modules["outliers"]
 
 
@@ -178,7 +178,7 @@ def test_a_name_is_taken_once():
   with pytest.raises(ValueError, match="'grams' is registered already"):
     registry.register(part)
   with pytest.raises(ValueError, match="no part with the name 'nobody'"):
-    registry.forget("nobody")
+    registry.unregister("nobody")
 
 
 def test_options_are_a_mapping_that_does_not_change():

@@ -10,10 +10,10 @@ import pytest
 
 import hina_optax as ho
 from hina_optax.base.leaf import Leaf
-from hina_optax.grouped.xla_cpu import CalledLeaf, FlatLeaf, carried
+from hina_optax.grouped.xla_cpu import CpuLeaf, FlatCpuLeaf, make_reshaped_leaf
 from tests.cases import OFF
 
-KINDS = (Leaf, CalledLeaf, FlatLeaf)
+KINDS = (Leaf, CpuLeaf, FlatCpuLeaf)
 GRIDS = [
   ((5, 4), (0, 1)), ((1, 6), (0, 1)), ((7, 1), (0, 1)), ((3, 3, 2, 4), (0, 1)),
   ((4, 2, 3, 5), (2, 3)), ((2, 7, 3), (1,)), ((2, 2), (1,)),
@@ -174,7 +174,7 @@ def test_on_cpus_edges_are_computed_once_for_their_three_readers(flat):
 
   @jax.jit
   def update(w, state):
-    updates, state = tx.update({"w": carried(w, (8, 8), flat)}, state)
+    updates, state = tx.update({"w": make_reshaped_leaf(w, (8, 8), flat)}, state)
     return updates["w"].array, state
 
   program = update.lower(jnp.ones(64) if flat else jnp.ones((8, 8)), state).compile().as_text()

@@ -1,4 +1,4 @@
-"""Checkpoints of one run; a half-written one never takes the place of a whole one."""
+"""Checkpoints of one run; an incomplete checkpoint never replaces a complete one."""
 
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ from latent_diffusion.errors import UserError
 
 
 class Checkpoints:
-  """The last two states of a run, with what was recorded up to them."""
+  """The last two states of a run, with the records up to then."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder.absolute()
@@ -25,7 +25,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave({"rows": history})))
 
   def restore(self, state: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-    """The last state, in the form and at the places of `state`; `None` if there is none."""
+    """Restores the last state in the structure and sharding of `state`; `None` if there is none."""
     step = self._manager.latest_step()
     if step is None:
       return None
@@ -40,5 +40,5 @@ class Checkpoints:
     return jax.tree.unflatten(tree, placed), found.history["rows"]
 
   def close(self) -> None:
-    """Lets go of the folder."""
+    """Releases the folder."""
     self._manager.close()

@@ -1,4 +1,4 @@
-"""Crops of photographs in aspect-ratio buckets, apart for training and for holding out."""
+"""Crops of photographs in aspect-ratio buckets; training and held-out crops do not overlap."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from latent_diffusion.photographs import Photograph
 
-# Sides of crops are multiples of what the VAE and the denoiser's patches shrink by together.
+# The sides of crops are multiples of the factor by which the VAE and the patches shrink an image.
 MULTIPLE = 8
 HELD_OUT_SHARE = 0.25
 RATIOS = (1.0, 4 / 3, 3 / 2, 16 / 9)
@@ -27,7 +27,7 @@ class Crop(NamedTuple):
 
 
 def buckets(resolution: int) -> list[tuple[int, int]]:
-  """Heights and widths of about `resolution` squared pixels, for each of the usual ratios."""
+  """Returns heights and widths with about `resolution`**2 pixels for the usual aspect ratios."""
   found = set()
   for ratio in RATIOS:
     for r in (ratio, 1 / ratio):
@@ -37,7 +37,7 @@ def buckets(resolution: int) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(height: int, width: int, resolution: int, square: bool) -> tuple[int, int]:
-  """The bucket whose ratio is closest to that of the photograph."""
+  """Returns the bucket whose aspect ratio is closest to that of the photograph."""
   if square:
     side = max(MULTIPLE, round(resolution / MULTIPLE) * MULTIPLE)
     return side, side
@@ -48,7 +48,7 @@ def nearest_bucket(height: int, width: int, resolution: int, square: bool) -> tu
 def cut(
   photograph: Photograph, counts: tuple[int, int], resolution: int, square: bool, seed: int
 ) -> tuple[list[Crop], list[Crop]]:
-  """Crops of the left three quarters of a photograph for training, of the rest for holding out."""
+  """Crops the left three quarters of a photograph for training, and the rest for holding out."""
   height, width = photograph.pixels.shape[:2]
   bucket = nearest_bucket(height, width, resolution, square)
   border = round(width * (1 - HELD_OUT_SHARE))
@@ -64,7 +64,7 @@ def cut(
 def _random_crop(
   pixels: np.ndarray, part: tuple[int, int], bucket: tuple[int, int], rng: np.random.Generator
 ) -> Crop:
-  """A rectangle of the bucket's ratio inside of the columns of `part`, at a random scale."""
+  """Cuts a rectangle of the bucket's ratio from the columns of `part`, at a random scale."""
   height, width, (start, stop) = *pixels.shape[:2], part
   largest = min(height / bucket[0], (stop - start) / bucket[1])
   smallest = min(largest, 1.0)

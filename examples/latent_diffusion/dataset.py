@@ -47,7 +47,7 @@ class Dataset:
 
 
 def load(args: argparse.Namespace, space: Workspace) -> Dataset:
-  """Latents from a folder, or made of photographs."""
+  """Reads latents from a folder, or makes them from photographs."""
   if args.latents is not None:
     base, subject = latents.read_folder(args.latents, space.skipped)
     data = Dataset(base, subject, pictures.preview, False, [])
@@ -65,7 +65,7 @@ def load(args: argparse.Namespace, space: Workspace) -> Dataset:
 
 
 def from_photographs(args: argparse.Namespace, space: Workspace) -> Dataset:
-  """Cuts photographs, trains the autoencoder or finds it trained, and caches latents."""
+  """Crops photographs, trains the autoencoder unless it is trained already, and caches latents."""
   parts, subject, names = cut_all(args, space)
   mark = fingerprint(args, parts)
   vae, rows = train_vae(args, space, parts, space.folder / f"vae-{mark}")
@@ -110,7 +110,7 @@ def cut_all(
 
 
 def fingerprint(args: argparse.Namespace, parts: dict[str, list[crops.Crop]]) -> str:
-  """A short name for an autoencoder: what it is made of and learns from."""
+  """Returns a fingerprint of an autoencoder's settings and training data."""
   names = ("vae_steps", "vae_width", "vae_learning_rate", "channels", "batch", "seed")
   digest = hashlib.sha256(repr([getattr(args, name) for name in names]).encode())
   for part in PARTS:
@@ -125,7 +125,7 @@ def by_shape(cut: list[crops.Crop]) -> dict[latents.Shape, np.ndarray]:
 
 
 def some(cut: list[crops.Crop]) -> np.ndarray:
-  """Eight crops of the most frequent shape, from all over the list."""
+  """Selects eight crops of the most frequent shape, spread over the list."""
   images = max(by_shape(cut).values(), key=len)
   return images[np.linspace(0, len(images) - 1, 8).round().astype(int)]
 
@@ -134,7 +134,7 @@ def train_vae(
   args: argparse.Namespace, space: Workspace, parts: dict[str, list[crops.Crop]],
   folder: pathlib.Path,
 ) -> tuple[Vae, list[dict[str, Any]]]:
-  """The autoencoder with averaged weights; trained once for the same crops and settings."""
+  """Returns the autoencoder with averaged weights, trained once per set of crops and settings."""
   model = Vae(args.channels, args.vae_width, 1, nnx.Rngs(args.seed))
   rate = optimizers.schedule(args.vae_learning_rate, args.vae_steps, "cosine")
   program = Program(model, vae_loss, optimizers.hina(rate, optimizers.ALL))
@@ -154,7 +154,7 @@ def flip(images: np.ndarray, step: int) -> np.ndarray:
 
 
 def mean_of(program: Program, params: Any, stacks: dict[latents.Shape, np.ndarray]) -> float:
-  """The loss over all stacks, with the same noise at every call."""
+  """Returns the mean loss over all stacks, with the same noise at every call."""
   key = jax.random.key(0)
   losses = [float(program.measure(params, program.frozen, x, key)) for x in stacks.values()]
   return float(np.average(losses, weights=[len(x) for x in stacks.values()]))
@@ -169,7 +169,7 @@ def coders(vae: Vae) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarra
 
 
 def in_chunks(function: Callable[..., jax.Array], params: Any, x: np.ndarray) -> np.ndarray:
-  """Applies a compiled function to pieces of one size."""
+  """Applies a compiled function to batches of a single size."""
   size = min(CHUNK, len(x))
   padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
   pieces = [function(params, jnp.asarray(padded[i:i + size])) for i in range(0, len(x), size)]
@@ -201,6 +201,6 @@ def write_all(
 
 
 def read_part(folder: pathlib.Path, space: Workspace) -> dict[latents.Shape, np.ndarray]:
-  """The cached latents of one part."""
+  """Reads the cached latents of one part."""
   return latents.by_shape(
     list(latents.read_files(sorted(folder.glob("*.npz")), space.skipped).values()))

@@ -61,7 +61,7 @@ class Denoiser(nnx.Module):
       rngs=rngs)
 
   def __call__(self, noisy: jax.Array, time: jax.Array) -> jax.Array:
-    """The prediction, of the shape of `noisy`; `time` in [0, 1], one a latent."""
+    """Returns the prediction in the shape of `noisy`; `time` has a number in [0, 1] per latent."""
     batch, height, width, channels = noisy.shape
     rows, columns = height // PATCH, width // PATCH
     x = self.embed(to_tokens(noisy)) + positions(rows, columns, self.width)
@@ -88,7 +88,7 @@ def waves(position: jax.Array, width: int, longest: float = 10_000.0) -> jax.Arr
 
 
 def positions(rows: int, columns: int, width: int) -> jax.Array:
-  """Where each token lies: half of the width for its row, half for its column."""
+  """Embeds the position of each token: half of the width for its row, half for its column."""
   row = waves(jnp.arange(rows) * 1.0, width // 2, 100.0)
   column = waves(jnp.arange(columns) * 1.0, width // 2, 100.0)
   grid = jnp.concatenate([

@@ -67,7 +67,7 @@ class TorchDenoiser(torch.nn.Module):
     self.head = torch.nn.Linear(width, PATCH * PATCH * channels, bias=False)
 
   def forward(self, noisy: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """The prediction, of the shape of `noisy`; `time` in [0, 1], one a latent."""
+    """Returns the prediction in the shape of `noisy`; `time` has a number in [0, 1] per latent."""
     batch, channels, height, width = noisy.shape
     rows, columns = height // PATCH, width // PATCH
     cut = noisy.reshape(batch, channels, rows, PATCH, columns, PATCH)
@@ -93,7 +93,7 @@ def _waves(position: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def twin(model: Denoiser) -> TorchDenoiser:
-  """The same network with a copy of the same weights."""
+  """Makes the same network in PyTorch, with a copy of the weights."""
   heads, depth = model.blocks[0].attention.heads, len(model.blocks)
   other = TorchDenoiser(model.channels, model.width, depth, heads)
   weights = in_torch_s_order(nnx.state(model, nnx.Param))
@@ -103,7 +103,7 @@ def twin(model: Denoiser) -> TorchDenoiser:
 
 
 def in_torch_s_order(params: Any) -> dict[str, np.ndarray]:
-  """Flax's parameters by torch's names, dense kernels (in, out) turned into (out, in)."""
+  """Returns Flax's parameters by torch's names; dense kernels (in, out) become (out, in)."""
   found = {}
   for path, value in jax.tree_util.tree_leaves_with_path(params):
     names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]

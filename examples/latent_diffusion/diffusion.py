@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 LEAST_ALPHA = 0.02
-# In deviations of a channel; keeps the first steps of sampling from running away.
+# In standard deviations of a channel; keeps the first sampling steps from diverging.
 LARGEST = 6.0
 
 
@@ -24,14 +24,14 @@ class Process(NamedTuple):
 
 
 def levels(time: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Shares of the signal and of the noise at times in [0, 1], on a cosine; each (n, 1, 1, 1)."""
+  """Returns the factors of signal and noise at times in [0, 1], by a cosine; each (n, 1, 1, 1)."""
   last = jnp.arccos(LEAST_ALPHA)
   angle = time[:, None, None, None] * last
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def target(process: Process, clean: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-  """What the denoiser should answer."""
+  """Returns what the denoiser should predict."""
   if process.prediction == "eps":
     return noise
   alpha, sigma = levels(time)
@@ -63,12 +63,12 @@ def denoising_loss(
 
 
 def mean_loss(process: Process, clean: jax.Array, key: jax.Array) -> jax.Array:
-  """The same loss of the answer zero, which is the mean of what is to be predicted."""
+  """Returns the loss of predicting zero, which is the mean of the targets."""
   return denoising_loss(process, lambda noisy, time: jnp.zeros_like(noisy), clean, key)
 
 
 def draw(clean: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One time in each of as many equal parts of [0, 1] as there are latents, and noise."""
+  """Draws noise, and stratified times: one time in each of `n` equal parts of [0, 1]."""
   time_key, noise_key = jax.random.split(key)
   count = clean.shape[0]
   time = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
@@ -76,7 +76,7 @@ def draw(clean: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def ddim(process: Process, model: nnx.Module, noise: jax.Array, steps: int) -> jax.Array:
-  """Deterministic sampling from `noise`, in as many steps."""
+  """Samples deterministically from `noise`, in the given number of steps."""
   times = jnp.linspace(1.0, 0.0, steps + 1)
 
   def step(x, now_and_next):
@@ -92,7 +92,7 @@ def ddim(process: Process, model: nnx.Module, noise: jax.Array, steps: int) -> j
 def split_signal(
   process: Process, answer: jax.Array, noisy: jax.Array, time: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Clean latents and noise that the denoiser's answer implies."""
+  """Returns the clean latents and the noise that the denoiser's prediction implies."""
   alpha, sigma = levels(time)
   if process.prediction == "v":
     return alpha * noisy - sigma * answer, sigma * noisy + alpha * answer

@@ -1,14 +1,14 @@
-"""What can go wrong by no fault of the program, and what was passed over."""
+"""Errors that the user has to solve, and a record of skipped files."""
 
 import pathlib
 
 
 class UserError(Exception):
-  """Something the user has to change; the message says what."""
+  """An error that the user has to solve; the message says how."""
 
 
 class Interrupted(Exception):
-  """Training was stopped on purpose, after it was saved."""
+  """The user stopped the training, and its state was saved."""
 
 
 class Skipped:
@@ -18,11 +18,11 @@ class Skipped:
     self.reasons: dict[str, str] = {}
 
   def add(self, path: pathlib.Path, reason: object) -> None:
-    """Notes a file that is passed over."""
+    """Records a file that is skipped."""
     self.reasons[path.name] = " ".join(str(reason).split())
 
   def lines(self) -> list[str]:
-    """One line for all and one for each of the first ten."""
+    """Formats a line with the count, and a line for each of the first ten files."""
     if not self.reasons:
       return []
     shown = [f"  {name}: {reason}" for name, reason in list(self.reasons.items())[:10]]

@@ -44,7 +44,7 @@ def write(
 
 
 def read(path: pathlib.Path) -> list[np.ndarray]:
-  """All latents of a file, (height, width, channels) each."""
+  """Reads all latents of a file, each (height, width, channels)."""
   with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
     found = [np.asarray(file[key], np.float32) for key in file.files if KEY.fullmatch(key)]
   if not found:
@@ -58,7 +58,7 @@ def read(path: pathlib.Path) -> list[np.ndarray]:
 
 
 def read_files(paths: list[pathlib.Path], skipped: Skipped) -> dict[pathlib.Path, list[np.ndarray]]:
-  """Reads files with one count of channels, the most frequent; others are skipped and named."""
+  """Reads the files with the most frequent number of channels; others are skipped and named."""
   found = {}
   for path in paths:
     try:
@@ -78,7 +78,7 @@ def read_files(paths: list[pathlib.Path], skipped: Skipped) -> dict[pathlib.Path
 
 
 def read_folder(folder: pathlib.Path, skipped: Skipped) -> tuple[Split, Split]:
-  """Latents of `folder`: of everything but the last fifth for the base, of that for the subject.
+  """Reads the latents of `folder`: the last fifth for the subject, the rest for the base.
 
   Of either every fifth file is held out.
   """
@@ -123,7 +123,7 @@ def standardize(base: Split, subject: Split) -> tuple[Split, Split]:
 
 
 def batch(stacks: Mapping[Shape, np.ndarray], size: int, seed: int, step: int) -> np.ndarray:
-  """A batch of one shape that depends on seed and step alone, so that training can go on."""
+  """Draws a batch of one shape. It depends only on seed and step, so that training can resume."""
   rng = np.random.default_rng([seed, step])
   counts = np.array([len(stack) for stack in stacks.values()], float)
   stack = list(stacks.values())[rng.choice(len(counts), p=counts / counts.sum())]

@@ -20,6 +20,6 @@ def add_lora(model: Denoiser, rank: int, rngs: nnx.Rngs) -> Denoiser:
 
 
 def adapted(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:
-  """The layer with an adapter of the rank added to what it returns."""
+  """Adds the output of a low-rank adapter to that of a layer."""
   return nnx.LoRA(
     linear.in_features, rank, linear.out_features, base_module=linear, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The optimizers: the one the user chose, and those that are compared."""
+"""The optimizer that the user chose, and those that it is compared with."""
 
 import argparse
 import ast
@@ -24,14 +24,14 @@ ALL = EDGES | {
 
 
 def schedule(rate: float, steps: int, kind: str) -> optax.Schedule:
-  """A short linear warm-up, then a constant rate or half a cosine."""
+  """Returns a schedule: a short linear warm-up, then a constant rate or half a cosine."""
   if kind == "cosine":
     return optax.warmup_cosine_decay_schedule(rate / WARMUP, rate, WARMUP, max(steps, WARMUP + 1))
   return optax.linear_schedule(rate / WARMUP, rate, WARMUP)
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
-  """Options out of `key=value`; values are Python literals, or text where they are not."""
+  """Parses options of the form `key=value`; a value is a Python literal or else a string."""
   options = {}
   for pair in pairs:
     name, separator, text = pair.partition("=")
@@ -47,14 +47,14 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 
 
 def chosen_options(args: argparse.Namespace, preset: str | None) -> dict[str, Any]:
-  """Options of `hina_adaptive`: the preset's or all regularizers, then the user's own."""
+  """Returns options of `hina_adaptive`: a preset or all regularizers, and the user's own on top."""
   base = dict(PRESETS[preset]()) if preset else dict(ALL)
   base.pop("learning_rate", None)
   return base | parse_arguments(args.optimizer_arg)
 
 
 def hina(rate: optax.ScalarOrSchedule, options: dict[str, Any]) -> optax.GradientTransformation:
-  """`hina_adaptive`, with its complaints about options as the user's errors."""
+  """Makes `hina_adaptive`; its errors about options become a `UserError`."""
   try:
     return hina_optax.hina_adaptive(**({"learning_rate": rate} | options))
   except (ValueError, TypeError) as error:
@@ -62,13 +62,13 @@ def hina(rate: optax.ScalarOrSchedule, options: dict[str, Any]) -> optax.Gradien
 
 
 def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """AdamW with the weight decay of the others."""
+  """Makes AdamW with the same weight decay as the other optimizers."""
   return optax.adamw(rate, weight_decay=WEIGHT_DECAY)
 
 
 def chosen(args: argparse.Namespace, rate: optax.ScalarOrSchedule,
            preset: str | None) -> optax.GradientTransformation:
-  """The optimizer that the user asked for."""
+  """Makes the optimizer that the user chose."""
   if args.optimizer == "adamw":
     if args.optimizer_arg:
       raise UserError("--optimizer-arg: these are options of hina_adaptive, not of adamw.")

@@ -32,7 +32,7 @@ HELP = {
 
 
 def parser() -> argparse.ArgumentParser:
-  """Every option, each with its help."""
+  """Makes the parser with all options."""
   p = argparse.ArgumentParser(
     description="Trains a VAE, a latent diffusion model and a LoRA on photographs with "
     "hina_optax, compares with AdamW, and writes a report.")
@@ -107,7 +107,7 @@ def _run(group: argparse._ArgumentGroup) -> None:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-  """Options of a command line, with sizes filled in."""
+  """Parses a command line, and fills in sizes that were not given."""
   p = parser()
   args = p.parse_args(words)
   for name, value in (SMOKE if args.smoke else DEFAULTS).items():

@@ -1,4 +1,4 @@
-"""Photographs: those that come with scikit-image and scikit-learn, or a folder of one's own."""
+"""Photographs: those inside scikit-image and scikit-learn, or those of a folder."""
 
 import importlib.resources
 import pathlib
@@ -18,7 +18,7 @@ BUNDLED = {
   "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 LEAST_SIDE = 16
-# What Pillow raises for files that are broken, no images, or far too large.
+# Pillow raises these for files that are broken, are no images, or are far too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
@@ -58,7 +58,7 @@ def load_folder(folder: pathlib.Path, skipped: Skipped) -> list[Photograph]:
 
 
 def read(path: pathlib.Path) -> np.ndarray:
-  """The pixels of one image in RGB, turned as its camera was held."""
+  """Reads the pixels of an image in RGB, rotated as its metadata says."""
   with Image.open(path) as image:
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
   if min(pixels.shape[:2]) < LEAST_SIDE:

@@ -1,4 +1,4 @@
-"""Grids of pictures, and pictures inside of HTML."""
+"""Grids of pictures, and pictures embedded in HTML."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ GAP = 2
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
-  """Images in [-1, 1] as eight bits."""
+  """Converts images in [-1, 1] to eight bits."""
   return np.round((np.clip(np.asarray(images), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def to_floats(pixels: np.ndarray) -> np.ndarray:
-  """Eight bits as images in [-1, 1]."""
+  """Converts images of eight bits to [-1, 1]."""
   return pixels.astype(np.float32) / 127.5 - 1
 
 
@@ -38,14 +38,14 @@ def save(pixels: np.ndarray, path: pathlib.Path, scale: int = 1) -> None:
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
-  """A picture with both sides times `scale`, smoothly."""
+  """Enlarges both sides of a picture by `scale`, with interpolation."""
   image = Image.fromarray(pixels)
   size = (image.width * scale, image.height * scale)
   return image.resize(size, Image.Resampling.BICUBIC) if scale > 1 else image
 
 
 def data_uri(pixels: np.ndarray) -> str:
-  """A picture as text that HTML shows without a file."""
+  """Encodes a picture as a data URI, which HTML shows without a file."""
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
   return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -58,7 +58,7 @@ def load(path: pathlib.Path) -> np.ndarray:
 
 
 def preview(latents: np.ndarray) -> np.ndarray:
-  """Colours for latents that no decoder is at hand for: their first three channels."""
+  """Shows latents without a decoder: their first three channels become colours."""
   x = np.asarray(latents)[..., :3]
   x = np.concatenate([x] * 3, -1)[..., :3] if x.shape[-1] < 3 else x
   return np.clip(x / 2.5, -1, 1)

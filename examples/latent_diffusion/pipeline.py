@@ -1,4 +1,4 @@
-"""The whole work in its order: latents, base, comparison, LoRA, report."""
+"""The whole pipeline in order: latents, base model, comparison, LoRA, report."""
 
 import argparse
 import pathlib
@@ -24,7 +24,7 @@ AVERAGE = 0.998
 
 
 class Setting(NamedTuple):
-  """What all runs of the denoiser share."""
+  """What all runs of the denoiser have in common."""
 
   args: argparse.Namespace
   space: Workspace
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> pathlib.Path:
-  """Does everything and returns the report's path."""
+  """Runs the whole pipeline, and returns the report's path."""
   space = Workspace(args)
   jax.config.update("jax_compilation_cache_dir", str((args.output / "compiled").absolute()))
   data = dataset.load(args, space)
@@ -55,21 +55,21 @@ def run(args: argparse.Namespace) -> pathlib.Path:
 
 
 def denoiser(setting: Setting, seed: int) -> Denoiser:
-  """A denoiser with fresh weights."""
+  """Makes a denoiser with new weights."""
   args = setting.args
   channels = next(iter(setting.data.base.train))[-1]
   return Denoiser(channels, args.width, args.depth, args.heads, nnx.Rngs(seed))
 
 
 def program(setting: Setting, optimizer: optax.GradientTransformation) -> Program:
-  """The compiled step of the denoiser with one optimizer."""
+  """Makes the program that trains the denoiser with an optimizer."""
   return Program(denoiser(setting, setting.args.seed), setting.loss, optimizer,
                  decay=AVERAGE)
 
 
 def plan(setting: Setting, trainer: Program, split: latents.Split, steps: int, seed: int,
          rate: optax.Schedule, visit: Any = None) -> Plan:
-  """Batches of `split`, measured eight times on what it holds out."""
+  """Plans a run on `split`, measured eight times on its held-out latents by default."""
   args = setting.args
   few = {shape: x[:MEASURED] for shape, x in split.held_out.items()}
   return Plan(
@@ -82,7 +82,7 @@ def plan(setting: Setting, trainer: Program, split: latents.Split, steps: int, s
 def train_base(
   setting: Setting, trainer: Program, rate: optax.Schedule
 ) -> tuple[TrainState, list[Row]]:
-  """The denoiser of the base, with samples and figures on the way."""
+  """Trains the base model, with samples and figures during training."""
   args, space = setting.args, setting.space
   display = space.display("base")
   visit = visitor(setting, trainer, setting.data.base, "base", display)
@@ -92,7 +92,7 @@ def train_base(
 
 
 def visitor(setting: Setting, trainer: Program, split: latents.Split, name: str, display: Any):
-  """What is done at every measurement: samples from the same noise, and the optimizer's effects."""
+  """Makes the function for every measurement: it samples, from the same noise, and probes."""
   probe, sample = Probe(trainer), sampler(setting, trainer, split)
   clean = next(iter(split.train.values()))[:setting.args.batch]
 
@@ -107,7 +107,7 @@ def visitor(setting: Setting, trainer: Program, split: latents.Split, name: str,
 
 
 def sampler(setting: Setting, trainer: Program, split: latents.Split, count: int = SAMPLES):
-  """`sample(params)`: latents from noise that is always the same."""
+  """Makes the function `sample(params)`, which samples latents from the same noise at each call."""
   shape = max(split.train, key=lambda shape: len(split.train[shape]))
   noise = jax.random.normal(jax.random.key(setting.args.seed), (count, *shape))
 
@@ -120,9 +120,10 @@ def sampler(setting: Setting, trainer: Program, split: latents.Split, count: int
 
 
 def compare(setting: Setting, base_program: Program) -> dict[str, list[list[Row]]]:
-  """The records of AdamW and of the staged optimizers, over seeds; all else is the same.
+  """Trains with AdamW and the staged optimizers over seeds, and returns the records.
 
-  Without a schedule that depends on the number of steps, the base's compiled step serves here too.
+  Everything else is the same in all runs. If the schedule does not depend on the number of steps,
+  the compiled step of the base is used again.
   """
   args, space = setting.args, setting.space
   rate = optimizers.schedule(args.learning_rate, args.compare_steps, args.schedule)
@@ -143,7 +144,7 @@ def compare(setting: Setting, base_program: Program) -> dict[str, list[list[Row]
 
 
 def train_loras(setting: Setting, base: Denoiser) -> tuple[dict[str, list[list[Row]]], Any]:
-  """The records of LoRAs from both optimizers over seeds, and the parameters of one."""
+  """Trains LoRAs with both optimizers over seeds; returns the records, and parameters of one."""
   args = setting.args
   rate = optimizers.schedule(args.lora_learning_rate, args.lora_steps, args.schedule)
   both = {"optax.adamw": optimizers.adamw(rate),
@@ -160,7 +161,7 @@ def train_loras(setting: Setting, base: Denoiser) -> tuple[dict[str, list[list[R
 def train_lora(
   setting: Setting, trainer: Program, base: Denoiser, name: str, seed: int, rate: optax.Schedule
 ) -> list[Row]:
-  """One LoRA; seeds change its first weights, batches and noise, optimizers do not."""
+  """Trains one LoRA. Its initial weights, batches and noise depend only on the seed."""
   args, space, split = setting.args, setting.space, setting.data.subject
   short = report.LORA_FILES[name]
   display = space.display(f"LoRA with {short}, seed {seed}")
@@ -173,7 +174,7 @@ def train_lora(
 
 
 def mean_loss(setting: Setting) -> float:
-  """Held-out loss of predicting the mean, with the noise of every other measurement."""
+  """Returns the held-out loss of predicting the mean, with the noise of all other measurements."""
   few = {shape: x[:MEASURED] for shape, x in setting.data.base.held_out.items()}
   measure = jax.jit(diffusion.mean_loss, static_argnums=0)
   losses = [float(measure(setting.process, x, jax.random.key(0))) for x in few.values()]

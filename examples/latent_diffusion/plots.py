@@ -1,4 +1,4 @@
-"""Curves as SVG text."""
+"""Plots of curves, as SVG text."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ plt.rcParams.update({
 
 
 def column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values of the records that hold `name`."""
+  """Returns the steps and values of the records that contain `name`."""
   pairs = [(row["step"], row[name]) for row in rows if name in row]
   return np.array(pairs, float).reshape(-1, 2).T
 
@@ -37,12 +37,12 @@ def svg(figure: plt.Figure) -> str:
 
 
 def colour(name: str, position: int) -> str:
-  """One colour for each optimizer."""
+  """Returns the colour of an optimizer."""
   return COLOURS.get(name, OTHERS[position % len(OTHERS)])
 
 
 def loss_curves(rows: Rows, mean_loss: float | None, ylabel: str = "loss") -> str:
-  """Training and held-out loss of one run; without a mean the axis leaves out the beginning."""
+  """Plots training and held-out loss of a run; without `mean_loss` the early steps are cut off."""
   figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
   axes.plot(*column(rows, "loss"), color="#b9d2f0", label="training")
   axes.plot(*column(rows, "held_out"), color="#2a78d6", marker="o", markersize=3,
@@ -60,7 +60,7 @@ def loss_curves(rows: Rows, mean_loss: float | None, ylabel: str = "loss") -> st
 
 
 def seed_curves(runs: dict[str, list[Rows]]) -> str:
-  """Training and held-out loss of several optimizers, with their range over seeds."""
+  """Plots training and held-out loss of several optimizers, with the range over seeds."""
   figure, both = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
   for axes, name, title in zip(both, ("loss", "held_out"), ("training loss", "held-out loss")):
     for i, (optimizer, seeds) in enumerate(runs.items()):
@@ -77,7 +77,7 @@ def _band(axes: Axes, curves: Sequence[np.ndarray], label: str, shade: str) -> N
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """A running mean along the steps over at most a tenth of them."""
+  """Computes a running mean along the steps, over at most a tenth of them."""
   window = max(1, values.shape[1] // 10) if values.shape[1] > 20 else 1
   ends = np.arange(values.shape[1]) + 1
   starts = np.maximum(ends - window, 0)
@@ -91,7 +91,7 @@ def _ranges(axes: Axes, ylabel: str) -> None:
 
 
 def effects(rows: Rows) -> str:
-  """What each regularizer did to the gradient through training."""
+  """Plots what each regularizer did to the gradient during training."""
   figure, both = plt.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
   titles = ("share of elements changed by 1% or more", "size of the change / size of the gradient")
   for axes, kind, title in zip(both, ("touched", "change"), titles):
@@ -107,7 +107,7 @@ def effects(rows: Rows) -> str:
 
 
 def figures(rows: Rows, names: Sequence[str]) -> str:
-  """The optimizer's own figures, each on its own axes."""
+  """Plots the optimizer's figures, each on its own axes."""
   names = [name for name in names if any(name in row for row in rows)]
   figure, many = plt.subplots(
     1, len(names), figsize=(9.6, 2.3), layout="constrained", squeeze=False)

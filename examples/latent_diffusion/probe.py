@@ -1,4 +1,4 @@
-"""What each part of the optimizer does to the gradient, at one moment of training."""
+"""Measures what each part of the optimizer does to the gradient at one step of the training."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ TOUCHED = 0.01
 
 
 def regularizers(options: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
-  """The regularizers that these options of `hina_adaptive` put in front of its core."""
+  """Makes the regularizers that `hina_adaptive` puts in front of its core with these options."""
   parts = {}
   if options.use_agr:
     parts["adaptive gradient"] = hina_optax.adaptive_gradient_regularization()
@@ -31,7 +31,7 @@ def regularizers(options: Any) -> dict[str, optax.GradientTransformationExtraArg
       options.rank_penalty_strength, options.low_rank_emphasis)
   if options.leaf_batching is False:
     return parts
-  # As in the optimizer, whose states they are given.
+  # The parts get their states from the optimizer, so they must be batched as they are there.
   return {name: hina_optax.with_leaf_batching(part) for name, part in parts.items()}
 
 
@@ -45,7 +45,7 @@ class Probe:
     self._effects = jax.jit(self._trace)
 
   def __call__(self, state: TrainState, batch: jax.Array, key: jax.Array) -> Row:
-    """Share of elements that each part changed by a hundredth, and the size of its change."""
+    """Returns the share of elements that each part changed by 1%, and the size of the change."""
     info = hina_optax.get_optimization_info(state.optimizer)["figures"]
     figures = {name: float(value) for name, value in info.items() if name != "step"}
     if not self.parts:
@@ -69,7 +69,7 @@ class Probe:
 
 
 def find(state: Any, kind: type) -> Iterator[Any]:
-  """States of one kind, anywhere inside of an optimizer's state."""
+  """Yields the states of one type, at any depth of an optimizer's state."""
   if isinstance(state, kind):
     yield state
   elif isinstance(state, (tuple, list)):
@@ -78,7 +78,7 @@ def find(state: Any, kind: type) -> Iterator[Any]:
 
 
 def compare(before: Any, after: Any) -> tuple[jax.Array, jax.Array]:
-  """Share of changed elements, and the norm of the change over that of the gradient."""
+  """Returns the share of changed elements, and the norm of the change over the gradient's norm."""
   pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(after)))
   count = sum(x.size for x, _ in pairs)
   touched = sum(jnp.sum(jnp.abs(y - x) > TOUCHED * jnp.abs(x)) for x, y in pairs) / count

@@ -15,7 +15,7 @@ SHOWN = {
 
 
 class Display:
-  """One run's bar and log. Without a terminal the bar is one line when the run is over."""
+  """The bar and the log of one run. Without a terminal a single line is printed at the end."""
 
   def __init__(self, name: str, console: Console, log: pathlib.Path):
     self.name, self.console = name, console
@@ -23,7 +23,7 @@ class Display:
     self._last: dict[str, Any] = {}
 
   def start(self, steps: int, done: int) -> None:
-    """Shows an empty bar, or one that begins where the run goes on."""
+    """Shows the bar, which starts at the step from which the run resumes."""
     self._writer = SummaryWriter(str(self._log))
     self._bar = Progress(
       TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),
@@ -34,7 +34,7 @@ class Display:
       self._bar.start()
 
   def show(self, row: dict[str, Any]) -> None:
-    """Moves the bar to a record and logs it."""
+    """Moves the bar to the step of a record, and logs the record."""
     self._last |= {name: row[name] for name in SHOWN if name in row}
     self._bar.update(self._task, completed=row["step"], figures=self._figures())
     for name, value in row.items():
@@ -47,7 +47,7 @@ class Display:
       self._writer.add_image(name, pixels, step, dataformats="HWC")
 
   def stop(self) -> None:
-    """Leaves the last line on the terminal."""
+    """Stops the bar, leaving its last line on the terminal, and closes the log."""
     if self._bar is not None and self.console.is_terminal:
       self._bar.stop()
     elif self._bar is not None:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no other."""
+"""The report: a self-contained HTML file."""
 
 import argparse
 import importlib.metadata
@@ -51,7 +51,7 @@ def write(args: argparse.Namespace, space: Workspace, data: Dataset,
 
 
 def command() -> str:
-  """The call that does the same again."""
+  """Returns the command that repeats the run."""
   words = [word for word in sys.argv[1:] if word != "--resume"]
   return shlex.join(["python", sys.argv[0], *words])
 
@@ -65,7 +65,7 @@ def version(package: str) -> str:
 
 
 def cards(results: dict[str, Any]) -> list[tuple[str, str]]:
-  """The figures at the top."""
+  """Returns the figures at the top of the report."""
   held_out = plots.column(results["base"], "held_out")[1]
   mean, last = results["mean_loss"], held_out[-1]
   rows = [row for row in results["base"] if "steps_per_second" in row]
@@ -79,7 +79,7 @@ def cards(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def vae_pictures(data: Dataset) -> dict[str, Any] | None:
-  """Photographs beside what the autoencoder makes of them."""
+  """Shows photographs beside their reconstructions by the autoencoder."""
   if data.vae is None:
     return None
   before, after = data.vae["photographs"], np.clip(data.vae["reconstructions"], -1, 1)
@@ -91,13 +91,13 @@ def vae_pictures(data: Dataset) -> dict[str, Any] | None:
 
 
 def sheets(found: list[tuple[int, np.ndarray]], count: int) -> list[dict[str, Any]]:
-  """A few sheets from the first to the last."""
+  """Selects a few sheets, evenly from the first to the last."""
   chosen = sorted(set(np.linspace(0, len(found) - 1, count).round().astype(int)))
   return [{"step": found[i][0], "uri": pictures.data_uri(found[i][1])} for i in chosen]
 
 
 def effects(rows: list[Row]) -> dict[str, str] | None:
-  """Plots of what the optimizer's parts did."""
+  """Makes the plots of what the optimizer's parts did."""
   first = rows[0]
   return {
     "regularizers": plots.effects(rows) if any(k.startswith("touched ") for k in first) else "",
@@ -106,18 +106,18 @@ def effects(rows: list[Row]) -> dict[str, str] | None:
 
 
 def rank_change(rows: list[Row]) -> float | None:
-  """Size of the rank penalty's part over that of the gradient, the median through training."""
+  """Returns the median, over the training, of the rank penalty's size over the gradient's size."""
   values = plots.column(rows, "change rank")[1]
   return float(np.median(values)) if values.size else None
 
 
 def last_losses(runs: list[list[Row]]) -> np.ndarray:
-  """Held-out loss at the end, by seed."""
+  """Returns the final held-out loss of each seed."""
   return np.array([plots.column(rows, "held_out")[1][-1] for rows in runs])
 
 
 def table(runs: dict[str, list[list[Row]]]) -> list[dict[str, Any]]:
-  """One row for each optimizer; the first, AdamW, is what the others are compared with."""
+  """Makes one row per optimizer; the others are compared with the first, AdamW."""
   reference = last_losses(next(iter(runs.values())))
   rows = []
   for name, seeds in runs.items():
@@ -135,12 +135,12 @@ def table(runs: dict[str, list[list[Row]]]) -> list[dict[str, Any]]:
 
 
 def spread(values: np.ndarray) -> float:
-  """Standard deviation over seeds."""
+  """Returns the standard deviation over seeds, or NaN for a single seed."""
   return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
 def findings(runs: dict[str, list[list[Row]]]) -> str:
-  """What the table says, in a sentence."""
+  """Summarizes the table in a sentence."""
   rows = table(runs)
   best = min(rows, key=lambda row: row["mean"])
   reference = rows[0]

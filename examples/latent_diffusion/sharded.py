@@ -1,4 +1,4 @@
-"""Training on a mesh: how parameters lie, the step, and checkpoints that any mesh can read."""
+"""Training on a mesh: the sharding, the step, and checkpoints that any mesh can read."""
 
 import argparse
 import math
@@ -20,12 +20,12 @@ from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.errors import UserError
 
 SIDE, CHANNELS = 8, 4
-# Elements up to which an array is kept whole: there is little to save, and much to exchange.
+# Arrays of up to so many elements are replicated: sharding saves little and costs communication.
 SMALL = 512
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
-  """A mesh of all devices, with the axes `data` and `model`."""
+  """Makes a mesh of all devices, with the axes `data` and `model`."""
   count = jax.device_count()
   try:
     shape = tuple(map(int, text.split("x"))) if text else (count, 1)
@@ -37,7 +37,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 
 def layout(x: Any, mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Fully sharded: the longest axis over `data`, the next over `model`, where they divide."""
+  """Shards the longest axis over `data` and the next over `model`, if they are divisible."""
   spec: list[str | None] = [None] * x.ndim
   axes = sorted(range(x.ndim), key=lambda i: -x.shape[i]) if x.size > SMALL else []
   for name in mesh.axis_names:
@@ -48,7 +48,7 @@ def layout(x: Any, mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch(step: int, count: int, place: NamedSharding) -> jax.Array:
-  """Latents of one step: waves of random direction. Each device is given its part alone."""
+  """Makes latents of waves in random directions; each device gets only its own part."""
   rng = np.random.default_rng(step)
   rows, columns = np.mgrid[:SIDE, :SIDE] / SIDE
   waves = rng.normal(size=(4, count, 1, 1, CHANNELS))
@@ -75,10 +75,11 @@ class Run:
     return Denoiser(CHANNELS, self.args.width, self.args.depth, 4, nnx.Rngs(self.args.seed))
 
   def start(self) -> tuple[Any, Any]:
-    """Parameters, made where they belong, and the optimizer's state, which lies as they do."""
+    """Makes the parameters on the mesh, and the optimizer's state with the same sharding."""
     params = jax.jit(lambda: nnx.state(self._model(), nnx.Param), out_shardings=self.places)()
     state = self.tx.init(params)
-    # Counters too, or the second step, which finds them on the mesh, would be another program.
+    # Counters too are put on the mesh. After the first step they are there, and from another place
+    # the second step would compile again.
     like = hina_optax.abstract_state(self.tx, params)
     return params, jax.tree.map(_placed, state, like)
 
@@ -90,7 +91,7 @@ class Run:
     loss, grads = jax.value_and_grad(self._loss)(params, latents, key)
     updates, state = self.tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
-    # Out as they came in, whatever the compiler would rather do.
+    # Without the constraint the compiler could choose another sharding for the results.
     return jax.lax.with_sharding_constraint(params, self.places), state, loss
 
 
@@ -100,7 +101,7 @@ def _placed(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class Checkpoints:
-  """Whole ones only: each is written beside the last and then renamed."""
+  """Checkpoints that are never incomplete: each is written to a new folder and then renamed."""
 
   def __init__(self, folder: pathlib.Path):
     self.manager = ocp.CheckpointManager(
@@ -108,19 +109,19 @@ class Checkpoints:
         max_to_keep=2, enable_async_checkpointing=False, create=True))
 
   def save(self, run: Run, step: int, params: Any, state: Any) -> None:
-    """Parameters, the state with its stamp, and the step as the name."""
+    """Saves the parameters, and the state with its stamp, under the number of the step."""
     arrays, stamp = hina_optax.pack_state(run.tx, state, params)
     self.manager.save(step, args=ocp.args.Composite(
       params=ocp.args.StandardSave(_by_path(params)), state=ocp.args.StandardSave(arrays),
       stamp=ocp.args.JsonSave(stamp)))
 
   def restore(self, run: Run) -> tuple[int, Any, Any] | None:
-    """The last one, laid out for the mesh of `run`; `None` if there is none."""
+    """Restores the last checkpoint for the mesh of `run`; returns `None` if there is none."""
     step = self.manager.latest_step()
     if step is None:
       return None
     stamp = self.manager.restore(step, args=ocp.args.Composite(stamp=ocp.args.JsonRestore())).stamp
-    # Raises before anything is read if the checkpoint is of another model or optimizer.
+    # Before any array is read, this raises if the checkpoint is of another model or optimizer.
     shapes = hina_optax.packed_shapes(stamp, run.tx, run.shapes)
     found = self.manager.restore(step, args=ocp.args.Composite(
       params=ocp.args.StandardRestore(_by_path(run.shapes)),
@@ -160,6 +161,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
-  """Prints from one process."""
+  """Prints a text from the first process only."""
   if jax.process_index() == 0:
     print(text, flush=True)

@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-  """What a step changes.
+  """Everything that a step changes.
 
   Attributes:
     params: the trained parameters.
-    average: their exponential moving average, for measuring and sampling.
+    average: exponential moving average of the parameters, for measuring and sampling.
     optimizer: the optimizer's state.
-    step: steps taken.
+    step: number of steps taken.
   """
 
   params: Any
@@ -40,11 +40,11 @@ class Program:
   """A model's compiled step, shared by all runs with the same model and optimizer.
 
   Args:
-    model: gives the structure, and the values of what is not trained.
+    model: the model; it gives the structure, and the values of the frozen parameters.
     loss: `loss(model, batch, key)`.
     optimizer: an optax transformation.
     wrt: the type of the trained parameters, such as `nnx.LoRAParam`.
-    decay: of the averaged weights; less during the first steps.
+    decay: decay of the averaged weights; it is lower during the first steps.
   """
 
   def __init__(
@@ -58,11 +58,11 @@ class Program:
     self._start = jax.jit(self._state_of)
 
   def start(self, model: nnx.Module) -> TrainState:
-    """The state before the first step, from the values of `model`."""
+    """Makes the state before the first step, from the values of `model`."""
     return self._start(nnx.state(model, self.wrt))
 
   def model(self, params: Any) -> nnx.Module:
-    """The model with these values of what is trained."""
+    """Returns the model with these values of the trained parameters."""
     return nnx.merge(self.graph, params, self.frozen)
 
   def _state_of(self, params: Any) -> TrainState:
@@ -70,7 +70,7 @@ class Program:
                       jnp.zeros([], jnp.int32))
 
   def loss_of(self, params: Any, frozen: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
-    """The loss as a function of what is trained."""
+    """Computes the loss as a function of the trained parameters."""
     return self.loss(nnx.merge(self.graph, params, frozen), batch, key)
 
   def _step(
@@ -86,13 +86,13 @@ class Program:
 
 
 class Plan(NamedTuple):
-  """How long a run is and what happens on the way.
+  """The length of a run, its data, and what happens during the run.
 
   Attributes:
-    steps: how many in all.
-    batch: `batch(step)`, which must depend on nothing else.
-    seed: of the noise.
-    rate: learning rate by step, for the record.
+    steps: number of steps in all.
+    batch: `batch(step)` returns a batch; it must depend only on the step.
+    seed: seed of the noise.
+    rate: learning rate by step, for the records.
     held_out: `held_out(average) -> float`, or `None`.
     measured: steps between measurements.
     logged: steps between records of the training loss.
@@ -114,11 +114,11 @@ class Plan(NamedTuple):
 def train(
   program: Program, state: TrainState, plan: Plan, folder: pathlib.Path, display: Display
 ) -> tuple[TrainState, list[Row]]:
-  """Trains, or goes on from the last checkpoint in `folder`.
+  """Trains from the start, or from the last checkpoint in `folder`.
 
   Raises:
-    UserError: the loss or the parameters are not finite.
-    Interrupted: Ctrl-C; the state is saved.
+    UserError: if the loss or the parameters are not finite.
+    Interrupted: after Ctrl-C, once the state is saved.
   """
   checkpoints = Checkpoints(folder)
   state, rows = checkpoints.restore(state) or (state, [])
@@ -142,7 +142,7 @@ class Loop:
     self.since, self.counted, self.busy = time.perf_counter(), 0, 0.0
 
   def run(self, state: TrainState, rows: list[Row]) -> TrainState:
-    """Takes the steps that are left; adds to `rows`."""
+    """Takes the remaining steps, and appends records to `rows`."""
     plan, key = self.plan, jax.random.key(self.plan.seed)
     first = int(state.step)
     self.megabytes = state_bytes(state.optimizer) / 1e6
@@ -212,7 +212,7 @@ class Loop:
 
 
 class StopSignal:
-  """Turns the first Ctrl-C into a wish to stop; a second one stops at once."""
+  """Turns the first Ctrl-C into a request to stop after the step; a second one stops at once."""
 
   def __enter__(self) -> "StopSignal":
     self.asked = False

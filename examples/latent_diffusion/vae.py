@@ -1,4 +1,4 @@
-"""A variational autoencoder from photographs to latents of a quarter of their side."""
+"""A variational autoencoder whose latents have a quarter of the side of the photographs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ KL_WEIGHT = 1e-4
 
 
 class Residual(nnx.Module):
-  """Two convolutions beside the identity."""
+  """Two convolutions with a residual connection."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm = nnx.GroupNorm(
@@ -37,7 +37,7 @@ class Vae(nnx.Module):
     self.decode_out = nnx.Conv(width, pixels, (3, 3), rngs=rngs)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and logarithm of the variance of the latents of images in [-1, 1]."""
+    """Returns mean and log variance of the latents for images in [-1, 1]."""
     x = self.encode_in(fold(images))
     for block in self.encoder:
       x = block(x)
@@ -68,7 +68,7 @@ def unfold(x: jax.Array) -> jax.Array:
 
 
 def vae_loss(vae: Vae, images: jax.Array, key: jax.Array) -> jax.Array:
-  """Absolute error of pixels and of their differences, and a little divergence from the normal."""
+  """Adds up the absolute errors of pixels and of their differences, and a small KL divergence."""
   mean, log_variance = vae.encode(images)
   noise = jax.random.normal(key, mean.shape)
   error = vae.decode(mean + jnp.exp(0.5 * log_variance) * noise) - images

@@ -1,4 +1,4 @@
-"""The output folder: what lies where, and what may go on."""
+"""The output folder: where its files are, and whether a run may resume."""
 
 import argparse
 import json
@@ -13,12 +13,12 @@ from latent_diffusion import pictures
 from latent_diffusion.errors import Skipped, UserError
 from latent_diffusion.progress import Display
 
-# What may differ between a call and the one that resumes it.
+# Options that may differ between a call and the call that resumes it.
 FREE = ("resume", "output", "save_every")
 
 
 class Workspace:
-  """Folders and terminal of one call."""
+  """The folders and the terminal of one call."""
 
   def __init__(self, args: argparse.Namespace):
     self.folder, self.runs = args.output, args.output / "runs"
@@ -42,7 +42,7 @@ class Workspace:
       raise UserError("--resume: other options than before: " + "; ".join(changed) + ".")
 
   def _set_aside(self) -> None:
-    """Keeps the runs of an earlier call, once."""
+    """Moves the runs of the last call to `previous`, replacing those of the call before it."""
     for name in ("runs", "tensorboard", "samples"):
       folder, previous = self.folder / name, self.folder / "previous" / name
       if folder.exists():
@@ -51,7 +51,7 @@ class Workspace:
         os.replace(folder, previous)
 
   def display(self, name: str) -> Display:
-    """The bar and the log of one run."""
+    """Makes the bar and the log of one run."""
     return Display(name, self.console, self.folder / "tensorboard" / name.replace(", ", "/"))
 
   def keep(self, name: str, step: int, images: np.ndarray) -> None:
@@ -60,13 +60,13 @@ class Workspace:
     pictures.save(pixels, self.folder / "samples" / f"{name}-{step:06d}.png")
 
   def sheets(self, name: str) -> list[tuple[int, np.ndarray]]:
-    """The sheets of samples that were kept, by step."""
+    """Reads the sheets of samples, by step."""
     found = sorted((self.folder / "samples").glob(f"{name}-*.png"))
     return [(int(path.stem.rpartition("-")[2]), pictures.load(path)) for path in found]
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is either the old or the new one at any time."""
+  """Writes a file atomically: at any time the old or the new content is complete."""
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")
   os.replace(temporary, path)

@@ -1,4 +1,8 @@
-"""`hina_adaptive`: the guide's optimizer, by its options. No mathematics here."""
+"""`hina_adaptive`: the guide's optimizer, by its options. It contains no mathematics.
+
+The guide is the Traditional Chinese guide to HinaAdaptive that the library implements. The original
+is the PyTorch class `HinaAdaptive` in a fork of kohya's sd-scripts.
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,33 +18,35 @@ from hina_optax.base.traits import Traits
 from hina_optax.grouped import driver
 from hina_optax.grouped.layout import Layout
 from hina_optax.modulators import rate_units
-from hina_optax.options import HinaOptions, with_registered_options
+from hina_optax.options import HinaOptions, accept_registered_options
 
 
 class HinaTransformation(optax.GradientTransformationExtraArgs):
   """An `optax.GradientTransformationExtraArgs` that knows the options it was built from.
 
-  What it knows hangs on its `init`, and so survives `jax.tree.map` and `_replace`.
+  The options are an attribute of its `init`, so they survive `jax.tree.map` and `_replace`.
   """
 
   @property
   def options(self) -> HinaOptions:
     """The options; `get_optimization_info` reads them."""
-    return traits.traits_of(self).options
+    return traits.get_traits(self).options
 
   @property
-  def decide(self) -> Callable[..., memory.Decision]:
-    """`decide(params, state=None)` gives the `MemoryPlan` for these shapes, and the transformation
-    with and without it; `plan_memory` and `optimize_for_vram` ask it.
+  def choose_plan(self) -> Callable[..., memory.PlannedTransformation]:
+    """`choose_plan(params, state=None)` chooses the `MemoryPlan` for these shapes.
+
+    It returns the plan and the transformation with and without it. `plan_memory` and
+    `optimize_for_vram` call it.
     """
-    return traits.traits_of(self).decide
+    return traits.get_traits(self).choose_plan
 
 
-def _rebuilt(made: Any, **options: Any) -> Any:
-  return traits.traits_of(made).rebuilt(**options)
+def _rebuild(transformation: Any, **options: Any) -> Any:
+  return traits.get_traits(transformation).rebuild(**options)
 
 
-@with_registered_options(_rebuilt)
+@accept_registered_options(_rebuild)
 def hina_adaptive(
   learning_rate: optax.ScalarOrSchedule = 1e-3,
   *,
@@ -216,36 +222,37 @@ def hina_adaptive(
 
 def build(o: HinaOptions) -> HinaTransformation:
   """The transformation that checked options describe."""
-  def asked(shapes: Any, layout: Layout | None) -> memory.Decision:
-    return _decide(o, shapes, layout)
+  def choose_for(shapes: Any, layout: Layout | None) -> memory.PlannedTransformation:
+    return _choose_plan(o, shapes, layout)
 
-  decide = memory.decided_by_shapes(asked, functools.partial(_chain.layout_of, o))
-  resolve = driver.settings_of(_chain.transformation_of(o))
+  choose_plan = memory.cache_plans(choose_for, functools.partial(_chain.make_layout, o))
+  resolve = driver.get_settings(_chain.build_transformation(o))
   if _memory_options.is_planned(o):
     def resolve(params: Any, state: Any) -> driver.Settings:
       paths.require_params(params, "a transformation with a memory plan")
-      return driver.settings_of(decide(params, state).stored)(params, state)
+      return driver.get_settings(choose_plan(params, state).stored)(params, state)
 
-  known = Traits(options=o, decide=decide, rebuilt=lambda **changes: build(
-    o.replace(**changes)))
-  made = driver.transformation(resolve, known)
-  init = _out_of_memory.explained(made.init, o, plan_of)
-  return HinaTransformation(*traits.with_traits(init, made.update, traits.traits_of(made)))
+  own_traits = Traits(
+    options=o, choose_plan=choose_plan,
+    rebuild=lambda **changes: build(o.replace(**changes)))
+  tx = driver.make_transformation(resolve, own_traits)
+  init = _out_of_memory.explain_failures(tx.init, o, make_plan)
+  return HinaTransformation(*traits.attach_traits(init, tx.update, traits.get_traits(tx)))
 
 
-def plan_of(o: HinaOptions, params: Any, reserve: int = 0) -> memory.MemoryPlan:
-  """The memory plan of checked options, with some bytes of the budget for something else."""
+def make_plan(o: HinaOptions, params: Any, reserve: int = 0) -> memory.MemoryPlan:
+  """The memory plan of checked options. `reserve` bytes of the budget are kept for other uses."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-  return _decide(o, shapes, _chain.layout_of(o, params), reserve).plan
+  return _choose_plan(o, shapes, _chain.make_layout(o, params), reserve).plan
 
 
 def relative_rates(o: HinaOptions) -> rate_units.RateUnits:
-  """The rates of elements, in multiples of the common one."""
+  """The learning rates of elements, as multiples of the common rate."""
   return rate_units.resolve(o)
 
 
-def _decide(
+def _choose_plan(
   o: HinaOptions, shapes: Any, layout: Layout | None, reserve: int = 0
-) -> memory.Decision:
-  return _memory_options.decide(
-    o, lambda options: _chain.with_layout(options, layout), shapes, reserve)
+) -> memory.PlannedTransformation:
+  return _memory_options.choose_plan(
+    o, lambda options: _chain.build_with_layout(options, layout), shapes, reserve)

@@ -1,4 +1,4 @@
-"""The memory options of `hina_adaptive`, as demands on a plan."""
+"""The memory options of `hina_adaptive`, as constraints on a plan."""
 
 import dataclasses
 import warnings
@@ -12,7 +12,8 @@ from hina_optax.options import HinaOptions
 
 Build = Callable[[HinaOptions], optax.GradientTransformationExtraArgs]
 
-# The guide's: above the first share of the budget re-plan, above the second simplify.
+# Shares of the budget from the guide, the Traditional Chinese guide to HinaAdaptive that the
+# library implements: re-plan above the first share, switch features off above the second.
 ADAPT_ABOVE, SIMPLIFY_ABOVE = 0.8, 0.9
 
 
@@ -24,55 +25,57 @@ def is_planned(o: HinaOptions) -> bool:
   )
 
 
-def demands(o: HinaOptions) -> memory.Demands:
-  """What the options ask of a plan."""
+def make_constraints(o: HinaOptions) -> memory.PlanConstraints:
+  """The constraints that the options put on a plan."""
   budget = memory.reported_limit() if o.memory_efficient else None
   if o.vram_budget_gb is not None:
     budget = int(o.vram_budget_gb * memory.GB)
-  return memory.Demands(
+  return memory.PlanConstraints(
     budget=budget,
     share=ADAPT_ABOVE if o.adaptive_features else 1.0,
-    least_form=int(o.reduce_precision),
+    initial_precision=int(o.reduce_precision),
     host=o.cpu_offload_states,
     window=None if o.max_buffer_memory_mb is None else int(o.max_buffer_memory_mb * (1 << 20)),
     rounding="nearest" if o.sd_scripts_compat else "stochastic",
   )
 
 
-def decide(o: HinaOptions, build: Build, params: Any, reserve: int = 0) -> memory.Decision:
-  """The chain that the options give for these shapes, and how its state is kept."""
-  wanted = demands(o)._replace(reserve=reserve)
-  o, dropped = _simplified(o, build, params, wanted)
+def choose_plan(
+  o: HinaOptions, build: Build, params: Any, reserve: int = 0
+) -> memory.PlannedTransformation:
+  """The chain that the options describe, and the plan that says how its state is stored."""
+  constraints = make_constraints(o)._replace(reserve=reserve)
+  o, dropped = _simplify(o, build, params, constraints)
   base = build(o)
-  plan = dataclasses.replace(memory.plan_state(base, params, wanted), dropped=dropped)
+  plan = dataclasses.replace(memory.plan_state(base, params, constraints), dropped=dropped)
   if dropped:
     warnings.warn(
       f"emergency_simplify switched off {', '.join(dropped)}: with their state more than "
       f"{SIMPLIFY_ABOVE:.0%} of the memory budget would be used.", UserWarning, stacklevel=2,
     )
-  return memory.Decision(base, memory.apply_storage(base, plan.storage), plan)
+  return memory.PlannedTransformation(base, memory.apply_storage(base, plan.storage), plan)
 
 
-def _simplified(
-  o: HinaOptions, build: Build, params: Any, wanted: memory.Demands
+def _simplify(
+  o: HinaOptions, build: Build, params: Any, constraints: memory.PlanConstraints
 ) -> tuple[HinaOptions, tuple[str, ...]]:
-  """Options without the optional states that do not fit, and the names of those."""
+  """Switches off features whose state does not fit. Returns the options and the names of these."""
   dropped: list[str] = []
-  if not o.emergency_simplify or wanted.budget is None:
+  if not o.emergency_simplify or constraints.budget is None:
     return o, ()
-  free = wanted._replace(budget=None)
-  for name in _given_up_first():
+  unlimited = constraints._replace(budget=None)
+  for name in _switches_in_drop_order():
     if not getattr(o, name):
       continue
-    used = memory.plan_state(build(o), params, free).device_bytes + wanted.reserve
-    if used <= SIMPLIFY_ABOVE * wanted.budget:
+    used = memory.plan_state(build(o), params, unlimited).device_bytes + constraints.reserve
+    if used <= SIMPLIFY_ABOVE * constraints.budget:
       break
     o, dropped = o.replace(**{name: False}), [*dropped, name]
   return o, tuple(dropped)
 
 
-def _given_up_first() -> list[str]:
-  """Switches of the parts that may be given up, the least missed first."""
-  ordered = sorted((part.given_up, name) for part in registry.parts()
-                   if part.given_up is not None for name in part.switches)
+def _switches_in_drop_order() -> list[str]:
+  """The switches of the parts that may be switched off, those to drop first at the front."""
+  ordered = sorted((part.drop_order, name) for part in registry.parts()
+                   if part.drop_order is not None for name in part.switches)
   return list(dict.fromkeys(name for _, name in ordered))

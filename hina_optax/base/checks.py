@@ -1,4 +1,7 @@
-"""Checks of arguments that every factory shares. Traced values pass: they are not known yet."""
+"""Checks of arguments, shared by every factory.
+
+A traced value passes every check of its range, since its number is not known yet.
+"""
 
 import math
 from typing import Any
@@ -22,13 +25,13 @@ def number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *,
     raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {real:g}.")
 
 
-def fraction(name: str, value: Any) -> None:
+def unit_interval(name: str, value: Any) -> None:
   """Refuses what is not a number in [0, 1]."""
   number(name, value, 0.0, 1.0)
 
 
 def decay(name: str, value: Any) -> None:
-  """Refuses what is not a number in [0, 1), and decays that arrive in fewer than 32 bits."""
+  """Refuses what is not a number in [0, 1), and an array of fewer than 32 bits."""
   number(name, value, 0.0, 1.0, open_high=True)
   dtype = getattr(value, "dtype", None)
   if dtype is not None and np.dtype(dtype).itemsize < 4:
@@ -47,7 +50,7 @@ def integer(name: str, value: Any, low: int) -> None:
     raise ValueError(f"{name} must be a whole number, got {value!r}.")
 
 
-def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
+def order(low_name: str, low: Any, high_name: str, high: Any) -> None:
   """Refuses a lower bound above its upper bound."""
   if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
     return
@@ -68,7 +71,7 @@ def flag(name: str, value: Any) -> None:
     raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
 
 
-def structural(name: str, value: Any) -> None:
+def static_value(name: str, value: Any) -> None:
   """Refuses a traced value where the structure of the program depends on it."""
   if isinstance(value, jax.Array):
     raise ValueError(
@@ -77,9 +80,9 @@ def structural(name: str, value: Any) -> None:
     )
 
 
-def rule(name: str, value: Any) -> None:
+def optional_function(name: str, value: Any) -> None:
   """Refuses what is neither `None` nor callable."""
-  structural(name, value)
+  static_value(name, value)
   if value is not None and not callable(value):
     raise TypeError(
       f"{name} must be None or a function, got {value!r}. optax.inject_hyperparams takes functions "
@@ -94,5 +97,5 @@ def _is_real_scalar(value: Any) -> bool:
     return False
   return array.ndim == 0 and (
     np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
-    or array.dtype.name in ("bfloat16",)
+    or array.dtype.name in ("bfloat16",)  # NumPy does not count bf16 as floating.
   )

@@ -1,4 +1,4 @@
-"""LoRA pairs in a parameter tree: found by name, brought to one shape, matched by rank."""
+"""LoRA pairs in a parameter tree: found by their names, and stored in one of several layouts."""
 
 import math
 import re
@@ -24,8 +24,8 @@ class FactorAxes(NamedTuple):
   """How a factor is stored.
 
   Attributes:
-    rank_axis: the axis both factors share, counted after the batch axes.
-    batch_axes: how many leading axes stack independent layers.
+    rank_axis: the axis that both factors share, counted after the batch axes.
+    batch_axes: the number of leading axes that stack independent layers.
   """
 
   rank_axis: int
@@ -33,7 +33,15 @@ class FactorAxes(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """Two leaves whose product is one low-rank change of a weight: `down` is applied first."""
+  """Two leaves whose product is a low-rank change of one weight.
+
+  Attributes:
+    down: the index of the factor that is applied first.
+    up: the index of the other factor.
+    down_axes: how `down` is stored.
+    up_axes: how `up` is stored.
+    rank: the length of the axis that both share.
+  """
 
   down: int
   up: int
@@ -43,7 +51,7 @@ class Pair(NamedTuple):
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str]:
-  """The regular expression that tells the factors apart, checked."""
+  """Compiles the regular expression that tells the factors apart, and checks it."""
   try:
     compiled = re.compile(DEFAULT_PATTERN if pattern is None else pattern)
   except (re.error, TypeError) as error:
@@ -57,45 +65,48 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
 
 
 def find_pairs(
-  places: Sequence[paths.Leaf], leaves: Sequence[Any], pattern: re.Pattern[str], whole: bool = True
+  places: Sequence[paths.Place], leaves: Sequence[Any], pattern: re.Pattern[str],
+  is_whole_tree: bool = True,
 ) -> list[Pair]:
   """LoRA pairs among the leaves of a tree, in the order of their first leaf.
 
   Args:
-    places: paths, and places in the tree.
-    leaves: arrays or shapes, absent ones among them.
-    pattern: of the factors' names.
-    whole: whether these are all leaves of the tree; a factor without a partner is then an error.
+    places: the places of the leaves in the tree.
+    leaves: arrays or shapes; some may be absent.
+    pattern: the pattern of the factors' names.
+    is_whole_tree: whether these are all leaves of the tree. If so, a factor without a partner is an
+      error.
 
   Raises:
-    ValueError: if a factor's partner is not in the tree (one that is masked away is in it), or the
-      two share no rank axis.
+    ValueError: if a factor's partner is not in the tree, or if the two share no rank axis. A
+      partner that is masked away counts as in the tree.
   """
   by_place = {place.index: leaf for place, leaf in zip(places, leaves)}
-  factors: dict[tuple[str, str], dict[str, paths.Leaf]] = {}
+  factors: dict[tuple[str, str], dict[str, paths.Place]] = {}
   for place, leaf in zip(places, leaves):
     match = _last_match(pattern, place.path)
     if match and (paths.is_absent(leaf) or len(leaf.shape) >= 2):
       key = place.path[: match.start()], place.path[match.end():]
       factors.setdefault(key, {})["down" if match["down"] else "up"] = place
   pairs = []
-  for (head, _), found in factors.items():
-    present = {k: v for k, v in found.items() if not paths.is_absent(by_place[v.index])}
+  for (prefix, _), sides in factors.items():
+    present = {k: v for k, v in sides.items() if not paths.is_absent(by_place[v.index])}
     if len(present) == 2:
       down, up = present["down"], present["up"]
       pairs.append(_make_pair(down, up, by_place[down.index], by_place[up.index]))
-    elif whole and len(found) == 1 and present and not _masked_away(head, places, leaves, pattern):
+    elif (is_whole_tree and len(sides) == 1 and present
+          and not _is_partner_masked(prefix, places, leaves, pattern)):
       _raise_unpaired(*present.items())
   return pairs
 
 
-def _raise_unpaired(item: tuple[str, paths.Leaf]) -> None:
-  kind, place = item
-  other = "up" if kind == "down" else "down"
+def _raise_unpaired(item: tuple[str, paths.Place]) -> None:
+  side, place = item
+  missing = "up" if side == "down" else "down"
   raise ValueError(
-    f"Leaf '{place.path}' is named as the {kind} factor of a LoRA pair, but the tree has no "
-    f"{other} factor beside it. Add it, rename the leaf, or give lora_pattern a regular expression "
-    "with the groups 'down' and 'up' that fits your names."
+    f"Leaf '{place.path}' is named as the {side} factor of a LoRA pair, but the tree has no "
+    f"{missing} factor beside it. Add it, rename the leaf, or give lora_pattern a regular "
+    "expression with the groups 'down' and 'up' that fits your names."
   )
 
 
@@ -104,30 +115,31 @@ def _last_match(pattern: re.Pattern[str], path: str) -> re.Match[str] | None:
   return matches[-1] if matches else None
 
 
-def _masked_away(head: str, places, leaves, pattern: re.Pattern[str]) -> bool:
-  """Whether an absent node stands where the partner, or a whole branch with it, would be."""
+def _is_partner_masked(prefix: str, places, leaves, pattern: re.Pattern[str]) -> bool:
+  """Whether the partner, or a whole branch that would hold it, is masked away."""
   for place, leaf in zip(places, leaves):
     if paths.is_absent(leaf):
       match = _last_match(pattern, place.path)
-      if head.startswith(place.path) or (match and place.path[: match.start()] == head):
+      if prefix.startswith(place.path) or (match and place.path[: match.start()] == prefix):
         return True
   return False
 
 
 def _make_pair(down_place, up_place, down: Any, up: Any) -> Pair:
-  readings = _flax_axes(down.shape, up.shape), _torch_axes(down.shape, up.shape)
-  fitting = [(i, x, int(down.shape[_axis(x[0])])) for i, x in enumerate(readings) if x]
-  # Both may fit when sides are equal: a rank is the smaller one, and on a tie down/up and A/B are
-  # PyTorch's spellings, a/b Flax's.
-  torch_spelling = not re.search(r"lora_a(?![A-Za-z0-9_])", down_place.path)
-  if not fitting:
+  layouts = _flax_axes(down.shape, up.shape), _torch_axes(down.shape, up.shape)
+  candidates = [(i, x, int(down.shape[_axis(x[0])])) for i, x in enumerate(layouts) if x]
+  # Both layouts may be possible when sides are equal. The smaller side is then taken for the rank.
+  # On a tie the spelling decides: down/up and A/B are PyTorch's, a/b is Flax's.
+  is_torch_spelling = not re.search(r"lora_a(?![A-Za-z0-9_])", down_place.path)
+  if not candidates:
     raise ValueError(
       f"LoRA factors '{down_place.path}' {tuple(down.shape)} and '{up_place.path}' "
       f"{tuple(up.shape)} share no rank: expected (..., in, rank) with (..., rank, out) as in "
       "Flax, or (rank, in, ...) with (out, rank, ...) as in PyTorch."
     )
-  _, (first, second), rank = min(fitting, key=lambda f: (f[2], f[0] != int(torch_spelling)))
-  return Pair(down_place.index, up_place.index, first, second, rank)
+  _, (down_axes, up_axes), rank = min(
+    candidates, key=lambda c: (c[2], c[0] != int(is_torch_spelling)))
+  return Pair(down_place.index, up_place.index, down_axes, up_axes, rank)
 
 
 def _axis(axes: FactorAxes) -> int:
@@ -137,8 +149,8 @@ def _axis(axes: FactorAxes) -> int:
 def _flax_axes(down: _Shape, up: _Shape) -> tuple[FactorAxes, FactorAxes] | None:
   if down[-1] != up[-2]:
     return None
-  stacked = len(down) > 2 and down[:-2] == up[:-2]
-  batch = len(down) - 2 if stacked else 0
+  is_stacked = len(down) > 2 and down[:-2] == up[:-2]
+  batch = len(down) - 2 if is_stacked else 0
   return FactorAxes(len(down) - 1 - batch, batch), FactorAxes(len(up) - 2 - batch, batch)
 
 
@@ -147,18 +159,21 @@ def _torch_axes(down: _Shape, up: _Shape) -> tuple[FactorAxes, FactorAxes] | Non
 
 
 def to_matrix(x: jax.Array, axes: FactorAxes) -> jax.Array:
-  """A factor as `(layers, rank, rest)`."""
+  """Brings a factor to the shape `(layers, rank, rest)`."""
   front = jnp.moveaxis(x, _axis(axes), axes.batch_axes)
   layers = math.prod(x.shape[:axes.batch_axes])
   rank = x.shape[_axis(axes)]
   return front.reshape(layers, rank, x.size // max(layers * rank, 1))
 
 
-def gram(x: jax.Array, axes: FactorAxes) -> jax.Array:
-  """`x x^T` of a factor as `(layers, rank, rank)`, in full precision; XLA copies nothing for it."""
-  layers, kept = tuple(range(axes.batch_axes)), _axis(axes)
-  summed = tuple(axis for axis in range(x.ndim) if axis not in (*layers, kept))
-  product = lax.dot_general(x, x, ((summed, summed), (layers, layers)),
+def factor_gram(x: jax.Array, axes: FactorAxes) -> jax.Array:
+  """The Gram matrices `x x^T` of a factor, as `(layers, rank, rank)` and in full precision.
+
+  XLA need not copy the factor for it.
+  """
+  batch = tuple(range(axes.batch_axes))
+  contracting = tuple(axis for axis in range(x.ndim) if axis not in (*batch, _axis(axes)))
+  product = lax.dot_general(x, x, ((contracting, contracting), (batch, batch)),
                             precision=lax.Precision.HIGHEST)
   return product.reshape(math.prod(x.shape[:axes.batch_axes]), *product.shape[-2:])
 

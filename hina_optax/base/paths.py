@@ -1,4 +1,4 @@
-"""Leaves of a parameter tree: their paths, their spatial axes."""
+"""The leaves of a parameter tree: their paths and their spatial axes."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -10,20 +10,25 @@ import numpy as np
 import optax
 
 from hina_optax.base import numerics
-from hina_optax.base.leaf import Carried
+from hina_optax.base.leaf import ReshapedLeaf
 
 SpatialAxes = Callable[[str, Any], Sequence[int]]
 
 
-class Leaf(NamedTuple):
-  """Where a leaf stands: its path (`"block/dense/kernel"`) and its place in the flattened tree."""
+class Place(NamedTuple):
+  """The place of a leaf in a tree.
+
+  Attributes:
+    path: the path, such as `"block/dense/kernel"`.
+    index: the index in the flattened tree.
+  """
 
   path: str
   index: int  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 def is_absent(x: Any) -> bool:
-  """True for what stands in a tree in place of a leaf: `None` and `optax.MaskedNode`."""
+  """Whether a tree has no leaf here: true for `None` and `optax.MaskedNode`."""
   return x is None or isinstance(x, optax.MaskedNode)
 
 
@@ -42,23 +47,18 @@ def _key_name(key: Any) -> str:
   return str(key)
 
 
-def flat(tree: Any, is_leaf: Callable[[Any], bool] = is_absent) -> tuple[list[Any], Any]:
-  """Leaves (absent ones among them) and structure of `tree`."""
-  return jax.tree.flatten(tree, is_leaf=is_leaf)
-
-
-def flatten(tree: Any) -> tuple[list[Leaf], list[Any], Any]:
-  """Places, leaves (absent ones among them) and structure of `tree`."""
+def flatten(tree: Any) -> tuple[list[Place], list[Any], Any]:
+  """The places, the leaves (absent ones included) and the structure of `tree`."""
   pairs, structure = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: is_absent(x) or isinstance(x, Carried))
-  places = [Leaf(path_string(path), i) for i, (path, _) in enumerate(pairs)]
+    tree, is_leaf=lambda x: is_absent(x) or isinstance(x, ReshapedLeaf))
+  places = [Place(path_string(path), i) for i, (path, _) in enumerate(pairs)]
   return places, [leaf for _, leaf in pairs], structure
 
 
 def per_element_state(params: Any, value: float = 0.0, dtype: Any = None) -> Any:
-  """State for one number per element: arrays like `params`, in fp32 (fp64 stays fp64)."""
+  """State with one number per element: arrays like `params`, in fp32, or fp64 for fp64."""
   check_floating(params, "params")
-  # Built from the leaf itself, so that it inherits its sharding.
+  # Built from the parameter, so that the state inherits its sharding.
   return jax.tree.map(
     lambda p: jnp.full_like(p, value, dtype=dtype or numerics.compute_dtype(jnp.asarray(p).dtype)),
     params
@@ -66,7 +66,7 @@ def per_element_state(params: Any, value: float = 0.0, dtype: Any = None) -> Any
 
 
 def check_floating(tree: Any, what: str) -> None:
-  """Refuses leaves that have no gradient step: integers, booleans, complex numbers."""
+  """Refuses leaves that are not real floating: integers, booleans, complex numbers."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -77,7 +77,7 @@ def check_floating(tree: Any, what: str) -> None:
 
 
 def require_params(params: Any, name: str) -> None:
-  """Refuses `params=None` where a transformation reads the parameters."""
+  """Refuses `params=None`, for a transformation that reads the parameters."""
   if params is None:
     raise ValueError(
       f"{name} reads the parameters: call update(updates, state, params), not "
@@ -88,11 +88,11 @@ def require_params(params: Any, name: str) -> None:
 def flax_spatial_axes(path: str, leaf: Any) -> tuple[int, ...]:
   """Spatial axes in Flax's order: the default wherever `spatial_axes` is `None`.
 
-  Both axes of a matrix, the leading axes of a convolution kernel `(*window, in, out)`, none of a
-  vector or scalar. Rows and columns of a dense weight have no true neighbours: on them a stencil
-  compares units that merely stand side by side, as the PyTorch original does. On latents, and on
-  the window of a kernel, neighbours are real. A three-dimensional leaf is taken for a kernel of a
-  one-dimensional convolution.
+  The spatial axes are both axes of a matrix and the leading axes of a convolution kernel
+  `(*window, in, out)`; a vector or scalar has none. The rows and columns of a dense weight have no
+  true neighbours: a stencil compares units that merely stand side by side, as the PyTorch original
+  does. Latents and the window of a kernel have real neighbours. A three-dimensional leaf is taken
+  for the kernel of a one-dimensional convolution.
 
   >>> import jax.numpy as jnp
   >>> flax_spatial_axes("conv/kernel", jnp.zeros((3, 3, 4, 8)))
@@ -103,7 +103,7 @@ def flax_spatial_axes(path: str, leaf: Any) -> tuple[int, ...]:
 
 
 def torch_spatial_axes(path: str, leaf: Any) -> tuple[int, ...]:
-  """Spatial axes in PyTorch's order: both of a matrix, the trailing ones of `(out, in, *window)`.
+  """Spatial axes in PyTorch's order: both of a matrix, the window's of `(out, in, *window)`.
 
   >>> import jax.numpy as jnp
   >>> torch_spatial_axes("conv.weight", jnp.zeros((8, 4, 3, 3)))
@@ -114,8 +114,8 @@ def torch_spatial_axes(path: str, leaf: Any) -> tuple[int, ...]:
 
 
 def resolve_axes(rule: SpatialAxes | None, path: str, leaf: Any) -> tuple[int, ...]:
-  """The axes that `rule` gives for a leaf, counted from the front and checked."""
-  if isinstance(leaf, Carried):
+  """The axes that `rule` gives for a leaf, checked and counted from the front."""
+  if isinstance(leaf, ReshapedLeaf):
     leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.array.dtype)
   axes = (rule or flax_spatial_axes)(path, leaf)
   try:

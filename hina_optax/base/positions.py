@@ -1,7 +1,7 @@
-"""Where the numbers of each leaf stand in an optimizer's state.
+"""Where an optimizer's state keeps the numbers of each leaf.
 
 A state holds trees like the parameters (moments), vectors with one number per leaf (`LeafNumbers`),
-and what all leaves share (counters).
+and numbers that all leaves share (counters).
 """
 
 import functools
@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hina_optax.base import paths
-from hina_optax.base.leaf import Carried
+from hina_optax.base.leaf import ReshapedLeaf
 
 
 class Names:
-  """The paths of some leaves, in order; static, and compared at every call of a jitted function."""
+  """The paths of leaves, in order.
+
+  They are static data of a state, so each call of a jitted function compares them.
+  """
 
   def __init__(self, names: tuple[str, ...]):
-    """Equal names are made once by `names_of`, so that comparing them is comparing pointers."""
+    """Call `intern_names` instead: it makes equal names once, and comparing them is then cheap."""
     self.names = names
     self.index = {name: i for i, name in enumerate(names)}
     self._hash = hash(names)
@@ -37,13 +40,13 @@ class Names:
 
 
 @functools.lru_cache(maxsize=256)
-def names_of(names: tuple[str, ...]) -> Names:
+def intern_names(names: tuple[str, ...]) -> Names:
   """The `Names` of these paths."""
   return Names(names)
 
 
 class LeafNumbers:
-  """One number per leaf: a vector whose entries are found by the path of their leaf.
+  """One number per leaf: a vector, indexed by the path of the leaf.
 
   Attributes:
     names: the paths, one per entry.
@@ -55,24 +58,24 @@ class LeafNumbers:
 
   def __init__(self, names: Names, numbers: Any):
     self.names, self.numbers = names, numbers
-    make_known_to_flax(
+    register_with_flax(
       LeafNumbers, lambda x: {"numbers": x.numbers},
       lambda x, saved: LeafNumbers(x.names, saved["numbers"]))
 
   def __getitem__(self, path: str) -> Any:
     """The number of the leaf at `path`, such as `"block/kernel"`."""
     if path not in self.names.index:
-      some = ", ".join(repr(name) for name in self.names.names[:4])
-      raise KeyError(f"there is no leaf '{path}'; paths look like {some}.")
+      examples = ", ".join(repr(name) for name in self.names.names[:4])
+      raise KeyError(f"there is no leaf '{path}'; paths look like {examples}.")
     return self.numbers[self.names.index[path]]
 
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-    """The vector, for NumPy."""
+    """Converts the vector to a NumPy array."""
     del copy
     return np.asarray(self.numbers, dtype)
 
   def items(self) -> Any:
-    """Paths and numbers."""
+    """Pairs of a path and a number."""
     return zip(self.names.names, self.numbers)
 
   def __repr__(self) -> str:
@@ -87,58 +90,54 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-_KNOWN_TO_FLAX: set[type] = set()
+_FLAX_TYPES: set[type] = set()
 
 
-def make_known_to_flax(kind: type, to_dict: Callable[[Any], Any], from_dict: Callable[..., Any]
-                       ) -> None:
-  """Tells `flax.serialization` how a node of a state is saved, where Flax is loaded.
+def register_with_flax(
+  node_type: type, to_dict: Callable[[Any], Any], from_dict: Callable[..., Any]
+) -> None:
+  """Tells `flax.serialization`, if Flax is loaded, how to save a node of a state.
 
-  Flax saves nodes that it does not know as they are, which fails. The core does not import Flax.
+  Flax would save an unknown node unchanged, which fails. The core itself does not import Flax.
   """
   module = sys.modules.get("flax.serialization")
-  if module is not None and kind not in _KNOWN_TO_FLAX:
-    module.register_serialization_state(kind, to_dict, from_dict)
-    _KNOWN_TO_FLAX.add(kind)
+  if module is not None and node_type not in _FLAX_TYPES:
+    module.register_serialization_state(node_type, to_dict, from_dict)
+    _FLAX_TYPES.add(node_type)
 
 
-def leaf_numbers(leaf_paths: Sequence[str], numbers: Any) -> Any:
-  """State for one number per leaf; a bare empty vector where there is no leaf.
+def make_leaf_numbers(leaf_paths: Sequence[str], numbers: Any) -> Any:
+  """State with one number per leaf, or a plain empty vector if there is no leaf.
 
-  `optax.tree.map_params` compares a state with that of a tree without leaves. A bare array there
-  may stand beside a `LeafNumbers`, while one with other names may not.
+  `optax.tree.map_params` compares a state with the state of a tree without leaves. It accepts a
+  plain array in place of a `LeafNumbers`, but not a `LeafNumbers` with different names.
   """
   if not leaf_paths:
     return jnp.zeros((0,), jnp.float32)
-  return LeafNumbers(names_of(tuple(leaf_paths)), numbers)
+  return LeafNumbers(intern_names(tuple(leaf_paths)), numbers)
 
 
-def structure_of(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-  """The structure of a tree in which what stands in place of a leaf counts as one."""
-  return jax.tree.structure(tree, is_leaf=_leaf_rule(is_leaf))
+def get_structure(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+  """The structure of a tree. `None` and the like, in place of a leaf, count as leaves."""
+  return jax.tree.structure(tree, is_leaf=_make_leaf_test(is_leaf))
 
 
-def leaves_of(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-  """Its leaves, those that are absent among them."""
-  return jax.tree.leaves(tree, is_leaf=_leaf_rule(is_leaf))
+def _make_leaf_test(is_leaf: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
+  def test(x: Any) -> bool:
+    return paths.is_absent(x) or isinstance(x, ReshapedLeaf) or (is_leaf is not None and is_leaf(x))
 
-
-def _leaf_rule(is_leaf: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
-  def rule(x: Any) -> bool:
-    return paths.is_absent(x) or isinstance(x, Carried) or (is_leaf is not None and is_leaf(x))
-
-  return rule
+  return test
 
 
 def is_tree_like(
   structure: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> Callable[..., bool]:
-  """A test for trees of this structure."""
+  """A function that tests whether something is a tree of this structure."""
   trivial = structure == jax.tree.structure(0)
 
   def test(x: Any) -> bool:
     if isinstance(x, LeafNumbers) or isinstance(x, (jax.Array, np.ndarray)):
       return False
-    return not trivial and structure_of(x, is_leaf) == structure
+    return not trivial and get_structure(x, is_leaf) == structure
 
   return test

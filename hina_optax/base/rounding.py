@@ -1,8 +1,8 @@
-"""Rounding to fewer bits: to the nearest value, or up or down at random so that the mean is exact.
+"""Rounding to fewer bits: to the nearest value, or at random with an exact mean.
 
-The randomness is an integer hash of the seed, the step, the leaf and the position in the leaf. It
-is computed where it is used, element by element, so it costs no pass over memory and no key of
-`jax.random`, and a sharded leaf draws the same noise as an unsharded one.
+The random bits are an integer hash of the seed, the step, the leaf and the position in the leaf.
+They are computed where they are used, element by element. So they cost no pass over memory and no
+key of `jax.random`, and a sharded leaf draws the same bits as an unsharded one.
 """
 
 import functools
@@ -15,108 +15,115 @@ from jax import lax
 
 Array = jax.Array
 
-_WORD = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B9
+_WORD_MASK = 0xFFFFFFFF
+_GOLDEN_RATIO = 0x9E3779B9
 
 
 class Key(NamedTuple):
-  """What tells one stream of noise from another: two uint32 scalars."""
+  """Identifies one stream of random bits: two uint32 scalars."""
 
   first: Array
   second: Array
 
   def fold(self, index: int) -> "Key":
-    """The key of leaf `index`, known when the program is built: two scalar operations a leaf."""
+    """The key of the leaf at `index`, which is static: two scalar operations per leaf."""
     word = _mix_int(index + 1)
-    return Key(self.first ^ _word(word), self.second + _word(_mix_int(word ^ _GOLDEN)))
+    return Key(self.first ^ _word(word), self.second + _word(_mix_int(word ^ _GOLDEN_RATIO)))
 
 
 def seed_word(seed: Any) -> Array:
-  """A seed as a uint32 scalar: from an int, or from any traced or concrete scalar array."""
+  """A seed as a uint32 scalar, from an int or from a scalar array, traced or concrete."""
   if isinstance(seed, (int, np.integer)):
     return jnp.asarray(_word(int(seed)))
   return jnp.asarray(seed).astype(jnp.uint32)
 
 
-def key_of(seed: Array, step: Array, purpose: int) -> Key:
-  """The key of one step of one wrapper; `purpose` keeps wrappers with equal seeds apart."""
+def make_key(seed: Array, step: Array, purpose: int) -> Key:
+  """The key of one step. A different `purpose` gives wrappers with equal seeds different bits."""
   word = _mix(seed ^ _word(_mix_int(purpose)))
-  word = _mix(word + step.astype(jnp.uint32) * _word(_GOLDEN))
-  return Key(word, _mix(word ^ _word(_GOLDEN)))
+  word = _mix(word + step.astype(jnp.uint32) * _word(_GOLDEN_RATIO))
+  return Key(word, _mix(word ^ _word(_GOLDEN_RATIO)))
 
 
-def noise(shape: tuple[int, ...], at: Key) -> Array:
-  """Uniform uint32 noise of `shape`."""
-  # The second word enters between the rounds: else two keys would give one sequence, shifted.
-  word = _position(shape) ^ at.first
-  word = (word ^ (word >> 16)) * _word(0x85EBCA6B) + at.second
+def random_bits(shape: tuple[int, ...], key: Key) -> Array:
+  """An array of `shape` of uniform uint32 numbers."""
+  # The second word enters between the rounds. Otherwise two keys would give the same sequence,
+  # shifted.
+  word = _row_major_index(shape) ^ key.first
+  word = (word ^ (word >> 16)) * _word(0x85EBCA6B) + key.second
   word = (word ^ (word >> 13)) * _word(0xC2B2AE35)
   return word ^ (word >> 16)
 
 
-def uniform(shape: tuple[int, ...], at: Key) -> Array:
-  """Uniform fp32 noise in [0, 1), in steps of 2^-24."""
-  return (noise(shape, at) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+def uniform(shape: tuple[int, ...], key: Key) -> Array:
+  """An array of `shape` of uniform fp32 numbers in [0, 1), in steps of 2^-24."""
+  return (random_bits(shape, key) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-# Called outside of jit, one program in place of some twenty.
+# Jitted so that a call outside of jit runs one program and not about twenty.
 @functools.partial(jax.jit, static_argnums=1)
-def round_to(x: Array, dtype: Any, at: Key | None) -> Array:
-  """`x` in `dtype` (fp32, bf16 or f16): to the nearest value, or with `at` up or down at random.
+def round_to(x: Array, dtype: Any, key: Key | None) -> Array:
+  """Rounds `x` to `dtype` (fp32, bf16 or f16): to the nearest value, or at random with a `key`.
 
-  At random, the mean over many draws is `x`. Infinite values and NaN pass. A finite value beyond
-  the range of `dtype` becomes the largest finite one. fp64 is cut to fp32 first, by the nearest.
+  When rounding at random, the mean over many draws is `x`. Infinite values and NaN pass. A finite
+  value beyond the range of `dtype` becomes the largest finite one. fp64 is first rounded to the
+  nearest fp32 value.
   """
   dtype = jnp.dtype(dtype)
   if x.dtype.itemsize <= dtype.itemsize:
     return x.astype(dtype)
   finite = jnp.isfinite(x)
-  top = jnp.asarray(float(jnp.finfo(dtype).max), x.dtype)
-  inside = jnp.where(finite, lax.clamp(-top, x, top), x).astype(jnp.float32)
-  if at is None or dtype == jnp.float32:
-    return inside.astype(dtype)
-  draw = noise(x.shape, at)
-  rounded = _cut(inside, draw, 16) if dtype == jnp.bfloat16 else _half(inside, draw)
-  return jnp.where(finite, rounded, inside).astype(dtype)
+  largest = jnp.asarray(float(jnp.finfo(dtype).max), x.dtype)
+  clamped = jnp.where(finite, lax.clamp(-largest, x, largest), x).astype(jnp.float32)
+  if key is None or dtype == jnp.float32:
+    return clamped.astype(dtype)
+  bits = random_bits(x.shape, key)
+  rounded = (_round_mantissa(clamped, bits, 16) if dtype == jnp.bfloat16
+             else _round_to_f16(clamped, bits))
+  return jnp.where(finite, rounded, clamped).astype(dtype)
 
 
-def _cut(x: Array, draw: Array, bits: int) -> Array:
-  """Adds random bits below those that are kept, and cuts them off (Zamirai et al., 2010.06192)."""
-  pattern = lax.bitcast_convert_type(x, jnp.uint32) + (draw >> (32 - bits))
-  return lax.bitcast_convert_type((pattern >> bits) << bits, jnp.float32)
+def _round_mantissa(x: Array, bits: Array, dropped: int) -> Array:
+  """Adds random bits to the lowest `dropped` ones and truncates (Zamirai et al., 2010.06192)."""
+  pattern = lax.bitcast_convert_type(x, jnp.uint32) + (bits >> (32 - dropped))
+  return lax.bitcast_convert_type((pattern >> dropped) << dropped, jnp.float32)
 
 
-def _half(x: Array, draw: Array) -> Array:
-  # Below 2^-14 f16 is a fixed grid of 2^-24: its last bit no longer moves with the exponent.
+def _round_to_f16(x: Array, bits: Array) -> Array:
+  # Below 2^-14, the subnormal range of f16, its values are the multiples of 2^-24.
   steps = jnp.abs(x) * jnp.float32(2.0**24)
   low = jnp.floor(steps)
-  chance = ((steps - low) * jnp.float32(2.0**32)).astype(jnp.uint32)
-  fixed = jnp.copysign((low + (draw < chance).astype(jnp.float32)) * jnp.float32(2.0**-24), x)
-  return jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), fixed, _cut(x, draw, 13))
+  threshold = ((steps - low) * jnp.float32(2.0**32)).astype(jnp.uint32)
+  rounded = (low + (bits < threshold).astype(jnp.float32)) * jnp.float32(2.0**-24)
+  subnormal = jnp.copysign(rounded, x)
+  return jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, _round_mantissa(x, bits, 13))
 
 
-def _position(shape: tuple[int, ...]) -> Array:
-  """The place of each element in row-major order, from its coordinates: no gather when sharded."""
-  place, stride = jnp.zeros(shape, jnp.uint32), 1
+def _row_major_index(shape: tuple[int, ...]) -> Array:
+  """The row-major index of each element.
+
+  It is computed from the coordinates, so that a sharded leaf needs no gather.
+  """
+  index, stride = jnp.zeros(shape, jnp.uint32), 1
   for axis in reversed(range(len(shape))):
-    place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * _word(stride)
+    index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * _word(stride)
     stride *= shape[axis]
-  return place
+  return index
 
 
 def _mix(word: Array) -> Array:
-  """The finalizer of MurmurHash3 (Appleby, public domain): every bit reaches every bit."""
+  """The finalizer of MurmurHash3 (Appleby, public domain): each bit influences every bit."""
   word = (word ^ (word >> 16)) * _word(0x85EBCA6B)
   word = (word ^ (word >> 13)) * _word(0xC2B2AE35)
   return word ^ (word >> 16)
 
 
 def _mix_int(word: int) -> int:
-  """`_mix` of a number that is known when the program is built."""
-  word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _WORD
-  word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _WORD
+  """`_mix` of a static number."""
+  word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _WORD_MASK
+  word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _WORD_MASK
   return word ^ (word >> 16)
 
 
 def _word(value: int) -> np.uint32:
-  return np.uint32(value & _WORD)
+  return np.uint32(value & _WORD_MASK)

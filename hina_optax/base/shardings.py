@@ -1,4 +1,4 @@
-"""How arrays are spread over devices, as far as it can be seen, and JAX's explicit mode."""
+"""Which arrays are sharded, as far as that is visible, and JAX's explicit sharding mode."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from jax.sharding import AxisType, NamedSharding
 
 
 def is_sharded(x: Any) -> bool:
-  """Whether `x` is seen to lie in parts on several devices.
+  """Whether `x` is visibly split over several devices.
 
-  Concrete arrays show it, `jax.ShapeDtypeStruct`s that were given a sharding, and traced arrays on
-  explicit mesh axes. Traced arrays on automatic axes show nothing.
+  This is visible on concrete arrays, on a `jax.ShapeDtypeStruct` with a sharding, and on traced
+  arrays on explicit mesh axes. It is not visible on traced arrays on automatic axes.
   """
   if isinstance(x, jax.core.Tracer):
     return _is_explicit(x) and not jax.typeof(x).sharding.is_fully_replicated
@@ -21,7 +21,7 @@ def is_sharded(x: Any) -> bool:
 
 
 def is_mesh_set() -> bool:
-  """Whether a mesh of several devices is set, on which traced leaves may be sharded unseen."""
+  """Whether a mesh of several devices is set, on which traced leaves may be sharded invisibly."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
@@ -31,27 +31,27 @@ def _is_explicit(x: Any) -> bool:
   return AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec)
 
 
-def automatic(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-  """`update`, computed on automatic mesh axes where its arguments are sharded on explicit ones.
+def use_automatic_axes(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+  """Runs `update` on automatic mesh axes if its arguments are sharded on explicit ones.
 
-  There each operation would have to say how its result is sharded. The updates come out as the
-  gradients went in, and the state as it was.
+  On explicit axes each operation would have to say how its result is sharded. The new updates get
+  the shardings of the gradients, and the new state those of the old state.
   """
 
   @functools.wraps(update)
   def decorated(updates, state, params=None, **extra_args):
-    given = updates, state, params
-    if not any(_is_explicit(x) for x in jax.tree.leaves(given)):
+    trees = updates, state, params
+    if not any(_is_explicit(x) for x in jax.tree.leaves(trees)):
       return update(updates, state, params, **extra_args)
     arrays = {k: v for k, v in extra_args.items() if isinstance(v, jax.Array)}
-    others = {k: v for k, v in extra_args.items() if k not in arrays}
+    static_args = {k: v for k, v in extra_args.items() if k not in arrays}
 
     def run(updates, state, params, arrays):
-      return update(updates, state, params, **arrays, **others)
+      return update(updates, state, params, **arrays, **static_args)
 
-    mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(given) if _is_explicit(x))
-    wanted = jax.tree.map(
+    mesh = next(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees) if _is_explicit(x))
+    out_shardings = jax.tree.map(
       lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (updates, state))
-    return jax.sharding.auto_axes(run, out_sharding=wanted)(*given, arrays)
+    return jax.sharding.auto_axes(run, out_sharding=out_shardings)(*trees, arrays)
 
   return decorated

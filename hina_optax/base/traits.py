@@ -1,7 +1,7 @@
-"""What the driver must know of a transformation: it hangs on the transformation's `init`.
+"""What the driver needs to know about a transformation, kept as an attribute of its `init`.
 
-A function keeps its attributes where a NamedTuple would lose them: in `jax.tree.map`, `_replace`
-and copies of the transformation.
+A transformation is a NamedTuple, which would lose an attribute of its own in `jax.tree.map`, in
+`_replace` and in copies. The function `init` keeps it.
 """
 
 import dataclasses
@@ -10,27 +10,28 @@ from typing import Any
 
 import optax
 
-_NAME = "hina_traits"
+_ATTRIBUTE = "hina_traits"
 
-# For each place of a tree of parameters, what decides how its leaf is treated beside shape and
-# dtype.
+# `kinds(params)` gives, for each place of the tree, what decides how the leaf is treated beside its
+# shape and dtype.
 Kinds = Callable[[Any], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """What is known of a transformation.
+  """What is known about a transformation.
 
   Attributes:
-    leafwise: whether it treats each leaf by itself, given what its `measures` hand it.
-    kinds: only leaves of which all of these agree may be stacked.
-    measures: what it looks up across leaves before the leaves are updated, in the order of its
+    leafwise: whether it updates each leaf by itself, given the results of its `measures`.
+    kinds: functions of the parameters. Leaves may be stacked only if all of these agree on them.
+    measures: what it measures across leaves before the leaves are updated, in the order of its
       state.
-    bare: the same transformation without a guard of its own against numbers that are not finite.
+    bare: the same transformation without its own guard against numbers that are not finite.
     driver: the settings of a transformation that runs its inner in the driver; `None` for others.
-    options: the `HinaOptions` it was built from, if it was.
-    decide: `decide(params, state=None)` gives its memory plan; `None` where there is none.
-    rebuilt: `rebuilt(**changes)` is the same with other options; `None` where there are none.
+    options: the `HinaOptions` that it was built from; `None` for others.
+    choose_plan: `choose_plan(params, state=None)` gives its memory plan; `None` if it has none.
+    rebuild: `rebuild(**changes)` gives the transformation with changed options; `None` if it has
+      no options.
   """
 
   leafwise: bool = False
@@ -39,50 +40,50 @@ class Traits:
   bare: Any = None
   driver: Any = None
   options: Any = None
-  decide: Any = None
-  rebuilt: Any = None
+  choose_plan: Any = None
+  rebuild: Any = None
 
 
-def traits_of(transformation: Any) -> Traits:
-  """What is known of `transformation`; nothing where it is somebody else's."""
-  return getattr(getattr(transformation, "init", None), _NAME, None) or Traits()
+def get_traits(transformation: Any) -> Traits:
+  """The traits of `transformation`; the default ones if another library made it."""
+  return getattr(getattr(transformation, "init", None), _ATTRIBUTE, None) or Traits()
 
 
-def with_traits(
+def attach_traits(
   init: Callable[..., Any], update: Callable[..., Any], traits: Traits
 ) -> optax.GradientTransformationExtraArgs:
-  """The transformation of a new `init`, on which `traits` are hung, and `update`."""
-  setattr(init, _NAME, traits)
+  """The transformation of `init` and `update`. Sets `traits` as an attribute of `init`."""
+  setattr(init, _ATTRIBUTE, traits)
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def bare(transformation: Any) -> Any:
-  """`transformation` without its guard; itself where it has none."""
-  return traits_of(transformation).bare or transformation
+def strip_guard(transformation: Any) -> Any:
+  """`transformation` without its guard, or `transformation` itself if it has none."""
+  return get_traits(transformation).bare or transformation
 
 
-def joined(parts: Sequence[Any]) -> Traits:
-  """What is known of several transformations that run one after the other, or in each other."""
-  known = [traits_of(part) for part in parts]
+def join_traits(parts: Sequence[Any]) -> Traits:
+  """The traits of transformations that run one after the other, or one inside the other."""
+  traits = [get_traits(part) for part in parts]
   return Traits(
-    leafwise=all(t.leafwise for t in known),
-    kinds=tuple(k for t in known for k in t.kinds),
-    measures=tuple(m for t in known for m in t.measures),
+    leafwise=all(t.leafwise for t in traits),
+    kinds=tuple(k for t in traits for k in t.kinds),
+    measures=tuple(m for t in traits for m in t.measures),
   )
 
 
-def leafwise(transformation: Any) -> optax.GradientTransformationExtraArgs:
-  """`transformation` of another library, known to treat each element by itself."""
+def mark_leafwise(transformation: Any) -> optax.GradientTransformationExtraArgs:
+  """Marks a `transformation` of another library that treats each element by itself."""
   inner = optax.with_extra_args_support(transformation)
 
   def init(params: Any) -> Any:
     return inner.init(params)
 
-  return with_traits(init, inner.update, Traits(leafwise=True))
+  return attach_traits(init, inner.update, Traits(leafwise=True))
 
 
 def chain(*parts: Any) -> optax.GradientTransformationExtraArgs:
-  """`optax.chain`, with what is known of its parts."""
+  """`optax.chain`, with the joined traits of its parts."""
   chained = optax.chain(*parts)
 
   def init(params: Any) -> Any:
@@ -91,7 +92,7 @@ def chain(*parts: Any) -> optax.GradientTransformationExtraArgs:
   def update(updates, state, params=None, **extra_args):
     return chained.update(updates, state, params, **extra_args)
 
-  known = joined(parts)
-  if any(traits_of(part).bare for part in parts):
-    known = dataclasses.replace(known, bare=chain(*map(bare, parts)))
-  return with_traits(init, update, known)
+  traits = join_traits(parts)
+  if any(get_traits(part).bare for part in parts):
+    traits = dataclasses.replace(traits, bare=chain(*map(strip_guard, parts)))
+  return attach_traits(init, update, traits)

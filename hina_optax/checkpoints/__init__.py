@@ -1,4 +1,4 @@
-"""State in a form for checkpoints, which any sharding, plan and batching can read."""
+"""Checkpoints of optimizer state that can be restored under any sharding, plan and batching."""
 
 from typing import Any
 
@@ -9,26 +9,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hina_optax.base import paths
 from hina_optax.base.positions import LeafNumbers
-from hina_optax.checkpoints import _abstract, _portable, _stamps
-from hina_optax.checkpoints._abstract import abstract_state
-from hina_optax.checkpoints._portable import Entry
+from hina_optax.checkpoints import _abstract_state, _entries, _metadata
+from hina_optax.checkpoints._abstract_state import abstract_state
+from hina_optax.checkpoints._entries import Entry
 
 
 def pack_state(tx: Any, state: Any, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-  """An optimizer's state as a flat dict of arrays, and a stamp that says what they are.
+  """Packs an optimizer's state into a flat dict of arrays, and a stamp of metadata about them.
 
   Save both: the arrays with Orbax (or NumPy), the stamp as JSON. Nothing is converted or copied
-  here; `unpack_state` does that for whatever it restores to.
+  here; `unpack_state` converts the arrays to whatever storage they are restored to.
 
   Args:
     tx: the transformation that made the state.
     state: its state.
-    params: the parameters it was made for, arrays or abstract.
+    params: the parameters that the state was made for, arrays or abstract.
 
   Returns:
-    The arrays under `"00000"`, `"00001"`, ... (as many bytes as the state; arrays without elements
-    are left out), and a dict of strings, numbers and lists: the version of this form, the options
-    of `hina_adaptive`, the parameters' paths and shapes, and what each array is.
+    The arrays under the keys `"00000"`, `"00001"`, ... They take as many bytes as the state; arrays
+    without elements are left out. And the stamp, a dict of strings, numbers and lists: the version
+    of the file format, the options of `hina_adaptive`, the paths and shapes of the parameters, and
+    what each array is.
 
   Raises:
     ValueError: if the state is not of this transformation and these parameters.
@@ -44,39 +45,41 @@ def pack_state(tx: Any, state: Any, params: Any) -> tuple[dict[str, jax.Array], 
     >>> print(optax.tree.get(state, "mu")["w"].dtype)
     bfloat16
   """
-  _portable.check_state(tx, state, params)
-  found = _portable.entries(state)
+  _entries.check_state(tx, state, params)
   arrays: dict[str, jax.Array] = {}
   records = []
-  mesh = _abstract.mesh_of(params)
-  for entry in found:
+  mesh = _abstract_state.find_mesh(params)
+  for entry in _entries.list_entries(state):
     keys = []
     for x in jax.tree.leaves(entry.value):
+      # Arrays without elements are not saved: their key is empty.
       keys.append(f"{len(arrays):05d}" if jnp.size(x) else "")
       if keys[-1]:
-        arrays[keys[-1]] = _on_mesh(x, mesh)
-    records.append(_stamps.record(entry, keys))
-  return arrays, _stamps.stamp(tx, params, records)
+        arrays[keys[-1]] = _replicate_local(x, mesh)
+    records.append(_metadata.describe_entry(entry, keys))
+  return arrays, _metadata.make_metadata(tx, params, records)
 
 
 def packed_shapes(stamp: dict[str, Any], tx: Any, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """What `pack_state` saved, as abstract arrays placed for these parameters: what Orbax restores.
+  """Returns the shapes, dtypes and shardings of the packed arrays, as the target for Orbax.
 
-  Call it before reading: all that can be wrong with a checkpoint is found here, from the stamp
-  alone. What is like a parameter is read in parts, each device its own.
+  Call it before reading the arrays: it finds everything that can be wrong with a checkpoint from
+  the stamp alone. Arrays in the shape of a parameter get that parameter's sharding, so that each
+  device reads only its own part.
 
   Args:
-    stamp: of `pack_state`.
-    tx: the transformation that is to go on.
+    stamp: the metadata from `pack_state`.
+    tx: the transformation that continues the training.
     params: its parameters, arrays or abstract, on one mesh or one device.
 
   Returns:
-    A dict like the first result of `pack_state`, of `jax.ShapeDtypeStruct`s with shardings.
+    A dict with the keys of the arrays from `pack_state`. Its values are `jax.ShapeDtypeStruct`s
+    with shardings.
 
   Raises:
-    ValueError: if the checkpoint does not fit, with all that differs: leaves added, removed,
-      reordered or of another shape, parts of the optimizer, options that change what its numbers
-      mean, a newer version.
+    ValueError: if the checkpoint does not fit. The message lists every difference: leaves that were
+      added, removed, reordered or reshaped, parts of the optimizer, options that change what the
+      state means, a newer version.
 
   Example:
     >>> import jax.numpy as jnp
@@ -91,40 +94,42 @@ def packed_shapes(stamp: dict[str, Any], tx: Any, params: Any) -> dict[str, jax.
       leaves only in the checkpoint: w
       leaves only in the model: v
   """
-  _stamps.check_leaves(stamp, tx, params)
-  abstract, entries = _target(tx, params)
-  fields = _number_fields(abstract)
-  _check_parts(stamp, tx, entries, fields)
-  mesh = _abstract.mesh_of(params)
-  known = {place.path: x for place, x in zip(*paths.flatten(params)[:2])}
+  _metadata.check_metadata(stamp, tx, params)
+  abstract = abstract_state(tx, params)
+  number_fields = _leaf_number_fields(abstract)
+  _check_entries(stamp, tx, _entries.list_entries(abstract), number_fields)
+  mesh = _abstract_state.find_mesh(params)
+  params_by_path = {place.path: x for place, x in zip(*paths.flatten(params)[:2])}
   shapes = {}
-  for entry, keys in _stamps.saved(stamp, fields):
-    owner = _owner(entry, known)
+  for entry, keys in _metadata.read_entries(stamp, number_fields):
+    param = _matching_param(entry, params_by_path)
     for key, x in zip(keys, jax.tree.leaves(entry.value)):
       if key:
-        place = _place(x.shape, owner, mesh)
-        shapes[key] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        sharding = _choose_sharding(x.shape, param, mesh)
+        shapes[key] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   return shapes
 
 
 def unpack_state(tx: Any, arrays: dict[str, Any], stamp: dict[str, Any], params: Any) -> Any:
-  """The state of `tx` that goes on where a packed one was.
+  """Restores a state of `tx` from what `pack_state` returned.
 
-  Sharding, storage (fp32, bf16, 8 bits, host memory) and stacking are those that `tx.init(params)`
-  gives now, whatever they were. Numbers whose storage changes are rounded once, all others are the
-  same to the bit. The noise of stochastic rounding begins anew where the storage changes.
+  The sharding, storage (fp32, bf16, 8 bits, host memory) and stacking of the result are those of
+  `tx.init(params)`, whatever they were in the checkpoint. Values whose storage changes are rounded
+  once; all others are restored bit for bit. The noise of stochastic rounding starts anew where the
+  storage changes.
 
   Args:
-    tx: the transformation that is to go on.
-    arrays: of `pack_state`, as they were read.
-    stamp: of `pack_state`.
+    tx: the transformation that continues the training.
+    arrays: the arrays from `pack_state`, as they were read.
+    stamp: the metadata from `pack_state`.
     params: the parameters of `tx`, arrays or abstract, on one mesh or one device.
 
   Returns:
     A state of `tx`.
 
   Raises:
-    ValueError: as `packed_shapes`, or if arrays are missing; then nothing has been made.
+    ValueError: if the checkpoint does not fit (see `packed_shapes`), or if arrays are missing.
+      Nothing has been allocated then.
 
   Example:
     >>> import jax.numpy as jnp
@@ -136,127 +141,132 @@ def unpack_state(tx: Any, arrays: dict[str, Any], stamp: dict[str, Any], params:
     >>> {name: x.shape for name, x in state.mu.items()}
     {'*[8x8]': (2, 8, 8)}
   """
-  wanted = packed_shapes(stamp, tx, params)
-  missing = sorted(wanted.keys() - arrays.keys())
+  shapes = packed_shapes(stamp, tx, params)
+  missing = sorted(shapes.keys() - arrays.keys())
   if missing:
     raise ValueError(
-      f"{len(missing)} arrays of the checkpoint are missing: {_stamps.few(missing)}.")
-  abstract, entries = _target(tx, params)
-  fields = _number_fields(abstract)
-  saved = [_filled(entry, keys, arrays) for entry, keys in _stamps.saved(stamp, fields)]
-  whole = {_portable.form(entry): entry for entry in saved}
-  source = {name: entry for entry in saved for name in entry.names}
-  fresh = _fresh(tx, params, entries, source)
-  made = []
-  for i, entry in enumerate(entries):
-    same = whole.get(_portable.form(entry))
-    if same is not None:
-      made += [_portable.placed(jnp.asarray(x), like) for x, like in zip(
-        jax.tree.leaves(same.value), jax.tree.leaves(entry.value))]
-    elif entry.names[0] not in source:
-      made.append(_portable.placed(fresh[entry.names[0]], entry.value))
-    else:
-      parts: dict[str, jax.Array] = {}
-      for name in entry.names:
-        if name not in parts:
-          parts |= _portable.pieces(source[name])
-      made += jax.tree.leaves(_portable.assembled(entry, parts, i))
-  return jax.tree.unflatten(jax.tree.structure(abstract), made)
-
-
-def _target(tx: Any, params: Any) -> tuple[Any, list[Entry]]:
-  """The abstract state of `tx`, and its entries, in the order of its leaves."""
+      f"{len(missing)} arrays of the checkpoint are missing: {_metadata.shorten(missing)}.")
   abstract = abstract_state(tx, params)
-  return abstract, _portable.entries(abstract)
+  targets = _entries.list_entries(abstract)
+  saved = [_fill_entry(entry, keys, arrays)
+           for entry, keys in _metadata.read_entries(stamp, _leaf_number_fields(abstract))]
+  saved_by_layout = {_entries.layout_key(entry): entry for entry in saved}
+  saved_by_name = {name: entry for entry in saved for name in entry.names}
+  new_counters = _init_missing_counters(tx, params, targets, saved_by_name)
+  leaves = []
+  for i, target in enumerate(targets):
+    same_layout = saved_by_layout.get(_entries.layout_key(target))
+    if same_layout is not None:
+      leaves += [_entries.place_like(jnp.asarray(x), like) for x, like in zip(
+        jax.tree.leaves(same_layout.value), jax.tree.leaves(target.value))]
+    elif target.names[0] not in saved_by_name:
+      leaves.append(_entries.place_like(new_counters[target.names[0]], target.value))
+    else:
+      pieces: dict[str, jax.Array] = {}
+      for name in target.names:
+        if name not in pieces:
+          pieces |= _entries.split_entry(saved_by_name[name])
+      leaves += jax.tree.leaves(_entries.assemble_entry(target, pieces, i))
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _number_fields(state: Any) -> frozenset[str]:
-  """The names of a state's fields that hold one number per leaf."""
+def _leaf_number_fields(state: Any) -> frozenset[str]:
+  """Returns the names of the state's fields that hold one number per leaf."""
   pairs = jax.tree_util.tree_flatten_with_path(
     state, is_leaf=lambda x: isinstance(x, LeafNumbers))[0]
   return frozenset(
-    paths.path_string(_without_wrappers(state, path)) for path, x in pairs
+    paths.path_string(_drop_wrapper_keys(state, path)) for path, x in pairs
     if isinstance(x, LeafNumbers))
 
 
-def _without_wrappers(state: Any, path: Any) -> tuple[Any, ...]:
-  """A key path without the fields of storage wrappers, as the names of entries have it."""
-  node, kept = state, []
+def _drop_wrapper_keys(state: Any, path: Any) -> tuple[Any, ...]:
+  """Drops the fields of storage wrappers from a key path, since entry names omit them too."""
+  node, keys = state, []
   for key in path:
-    if not _portable.is_wrapper(node):
-      kept.append(key)
+    if not _entries.is_wrapper(node):
+      keys.append(key)
     name = getattr(key, "name", None)
     node = getattr(node, name) if name is not None else node[
       key.idx if hasattr(key, "idx") else key.key]
-  return tuple(kept)
+  return tuple(keys)
 
 
-def _check_parts(
-  stamp: dict[str, Any], tx: Any, entries: list[Entry], fields: frozenset[str]
+def _check_entries(
+  metadata: dict[str, Any], tx: Any, targets: list[Entry], number_fields: frozenset[str]
 ) -> None:
-  """Refuses a checkpoint whose optimizer kept other numbers."""
-  kept = {name: e for e, _ in _stamps.saved(stamp, fields) if not e.own for name in e.names}
-  wanted = {name: e for e in entries if not e.own for name in e.names}
-  shapes = [
-    f"{name} ({list(_portable.shape(kept[name]))} in the checkpoint, "
-    f"{list(_portable.shape(wanted[name]))} in the optimizer)"
-    for name in kept.keys() & wanted.keys()
-    if _portable.shape(kept[name]) != _portable.shape(wanted[name])
+  """Refuses a checkpoint of an optimizer with different state."""
+  saved = {name: entry for entry, _ in _metadata.read_entries(metadata, number_fields)
+           if not entry.is_counter for name in entry.names}
+  wanted = {name: entry for entry in targets if not entry.is_counter for name in entry.names}
+  reshaped = [
+    f"{name} ({list(_entries.leaf_shape(saved[name]))} in the checkpoint, "
+    f"{list(_entries.leaf_shape(wanted[name]))} in the optimizer)"
+    for name in saved.keys() & wanted.keys()
+    if _entries.leaf_shape(saved[name]) != _entries.leaf_shape(wanted[name])
   ]
-  _stamps.refuse([
-    ("state only in the checkpoint", sorted(kept.keys() - wanted.keys())),
-    ("state only in the optimizer", sorted(wanted.keys() - kept.keys())),
-    ("state of another shape", sorted(shapes)),
-  ], stamp, tx)
+  _metadata.raise_if_different([
+    ("state only in the checkpoint", sorted(saved.keys() - wanted.keys())),
+    ("state only in the optimizer", sorted(wanted.keys() - saved.keys())),
+    ("state of another shape", sorted(reshaped)),
+  ], metadata, tx)
 
 
-def _fresh(
-  tx: Any, params: Any, entries: list[Entry], source: dict[str, Entry]
+def _init_missing_counters(
+  tx: Any, params: Any, targets: list[Entry], saved_by_name: dict[str, Entry]
 ) -> dict[str, Any]:
-  """Counters and seeds of storage wrappers that the checkpoint had not, as `init` gives them."""
-  new = {entry.names[0] for entry in entries if entry.names[0] not in source}
-  if not new:
+  """Initializes the counters and seeds of storage wrappers that the checkpoint does not have."""
+  missing = {entry.names[0] for entry in targets if entry.names[0] not in saved_by_name}
+  if not missing:
     return {}
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
-  def counters() -> dict[str, Any]:
-    # Compiled, nothing but these few numbers is computed.
+  def init_counters() -> dict[str, Any]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    found = _portable.entries(tx.init(zeros))
-    return {e.names[0]: e.value for e in found if e.names[0] in new}
+    entries = _entries.list_entries(tx.init(zeros))
+    return {entry.names[0]: entry.value for entry in entries if entry.names[0] in missing}
 
-  return jax.jit(counters)()
+  # Under jit nothing but these few scalars is computed.
+  return jax.jit(init_counters)()
 
 
-def _filled(entry: Entry, keys: list[str], arrays: dict[str, Any]) -> Entry:
+def _fill_entry(entry: Entry, keys: list[str], arrays: dict[str, Any]) -> Entry:
+  """Replaces the abstract arrays of a saved entry with those that were read."""
   structure: Any = jax.tree.structure(entry.value)
-  likes = jax.tree.leaves(entry.value)
+  shapes = jax.tree.leaves(entry.value)
   return entry._replace(value=structure.unflatten([
-    arrays[key] if key else jnp.zeros(x.shape, x.dtype) for key, x in zip(keys, likes)]))
+    arrays[key] if key else jnp.zeros(x.shape, x.dtype) for key, x in zip(keys, shapes)]))
 
 
-def _owner(entry: Entry, known: dict[str, Any]) -> Any:
-  """The parameter that an entry is like, if it is like one."""
-  shape = _portable.shape(entry)
-  own = [p for p in known if f"/{entry.names[0]}".endswith(f"/{p}") and known[p].shape == shape]
-  return known[max(own, key=len)] if own and entry.row is None else None
+def _matching_param(entry: Entry, params_by_path: dict[str, Any]) -> Any:
+  """Returns the parameter that an entry belongs to and has the shape of, or `None`."""
+  shape = _entries.leaf_shape(entry)
+  matching = [path for path, x in params_by_path.items()
+              if f"/{entry.names[0]}".endswith(f"/{path}") and x.shape == shape]
+  if not matching or entry.row_shape is not None:
+    return None
+  return params_by_path[max(matching, key=len)]
 
 
-def _place(shape: tuple[int, ...], owner: Any, mesh: Any) -> Any:
-  """The sharding for an array that is like `owner`, or has one number for a block of it."""
+def _choose_sharding(shape: tuple[int, ...], param: Any, mesh: Any) -> Any:
+  """Chooses the sharding of an array that has one number per element, or per block, of `param`."""
   if mesh is None:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  spec = [] if owner is None else list(_abstract.spec_of(owner))[:len(shape)]
+  spec = [] if param is None else list(_abstract_state.partition_spec(param))[:len(shape)]
   sizes = dict(mesh.shape)
   for i, axes in enumerate(spec):
     names = axes if isinstance(axes, tuple) else (axes,)
+    # The scales of 8-bit state are shorter than the parameter: an axis may not divide any more.
     if axes is not None and shape[i] % int(np.prod([sizes[name] for name in names])):
       spec[i] = None
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _on_mesh(x: Any, mesh: Any) -> Any:
-  """Counters of a fresh state are this process's own: saved from several, they lie on the mesh."""
+def _replicate_local(x: Any, mesh: Any) -> Any:
+  """Replicates an array over the mesh unless it is there already.
+
+  The counters of a fresh state belong to their process alone. To be saved from several processes
+  they must lie on the common mesh.
+  """
   if mesh is None or x.sharding.device_set == set(mesh.devices.flat):
     return x
   return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec()))

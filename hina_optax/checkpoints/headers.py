@@ -17,12 +17,13 @@ _SAFETENSORS_DTYPES = {
 
 
 def read_shapes(path: pathlib.Path) -> Shapes:
-  """Floating arrays of a checkpoint by name; nothing but the header is read.
+  """Reads the names, shapes and dtypes of a checkpoint's floating arrays from its header.
 
   Raises:
-    FileNotFoundError: if there is nothing at `path`.
-    ValueError: if it is neither a safetensors file, an `.npz` file nor an Orbax folder, or holds no
-      floating array.
+    FileNotFoundError: if `path` does not exist.
+    ValueError: if it is neither a safetensors file, an `.npz` file nor an Orbax folder, or if it
+      holds no floating array.
+    ImportError: if the package that reads the format is not installed.
   """
   if not path.exists():
     raise FileNotFoundError(f"There is no checkpoint at {path}.")
@@ -46,12 +47,13 @@ def _read_safetensors(path: pathlib.Path) -> Shapes:
   try:
     with safetensors.safe_open(path, framework="np") as file:
       slices = {name: file.get_slice(name) for name in file.keys()}
-      kinds = {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+      types = {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
   except safetensors.SafetensorError as error:
-    raise _not_a_checkpoint(path, error) from error
+    raise _unreadable_error(path, error) from error
+  # Other dtypes stand as int8: `read_shapes` drops what is not floating.
   return {
-    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_SAFETENSORS_DTYPES.get(kind, "int8")))
-    for name, (shape, kind) in kinds.items()
+    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_SAFETENSORS_DTYPES.get(dtype, "int8")))
+    for name, (shape, dtype) in types.items()
   }
 
 
@@ -59,17 +61,17 @@ def _read_npz(path: pathlib.Path) -> Shapes:
   shapes = {}
   try:
     with zipfile.ZipFile(path) as archive:
-      for entry in archive.namelist():
-        with archive.open(entry) as file:
+      for member in archive.namelist():
+        with archive.open(member) as file:
           version = np.lib.format.read_magic(file)
-          read = {
+          read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
           }[version]
-          shape, _, dtype = read(file)
-        shapes[entry.removesuffix(".npy")] = jax.ShapeDtypeStruct(shape, dtype)
+          shape, _, dtype = read_header(file)
+        shapes[member.removesuffix(".npy")] = jax.ShapeDtypeStruct(shape, dtype)
   except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-    raise _not_a_checkpoint(path, error) from error
+    raise _unreadable_error(path, error) from error
   return shapes
 
 
@@ -81,21 +83,22 @@ def _read_orbax(path: pathlib.Path) -> Shapes:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree: Any = checkpointer.metadata(path.absolute())
+    # Orbax may wrap the tree of metadata once or twice.
     tree = getattr(tree, "item_metadata", tree)
     tree = getattr(tree, "tree", tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
       raise ValueError("no arrays in its metadata")
     return {
-      "/".join(str(getattr(key, "key", key)) for key in where):
+      "/".join(str(getattr(key, "key", key)) for key in path_in_tree):
         jax.ShapeDtypeStruct(tuple(x.shape), jnp.dtype(x.dtype))
-      for where, x in leaves if getattr(x, "shape", None) is not None
+      for path_in_tree, x in leaves if getattr(x, "shape", None) is not None
     }
   except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
-    raise _not_a_checkpoint(path, error) from error
+    raise _unreadable_error(path, error) from error
 
 
-def _not_a_checkpoint(path: pathlib.Path, error: Exception) -> ValueError:
+def _unreadable_error(path: pathlib.Path, error: Exception) -> ValueError:
   return ValueError(
     f"{path} is not a checkpoint that can be read: give a .safetensors file, an .npz file or an "
     f"Orbax folder ({type(error).__name__}: {error})."

@@ -59,7 +59,7 @@ def scale_by_hina(
   - `"sum"`: :math:`m = \beta_1 m + (10^{-8} + d)\, g` and no bias correction: AdaTAM exactly as
     published. Its steps are about five times Adam's.
 
-  Numbers of a gradient beyond 1.8e19, whose squares fp32 cannot hold, count as that.
+  Elements of a gradient beyond 1.8e19, whose squares fp32 cannot hold, are clipped to it.
 
   `stability="adopt"` takes the second moment and clipping of `optax.contrib.scale_by_adopt`:
   :math:`g` is divided by :math:`\max(\sqrt{v_{t-1}}, \epsilon)`, clipped to :math:`\pm t^{1/4}` and
@@ -105,18 +105,19 @@ def scale_by_hina(
 
   def step(leaf, g, old):
     del leaf
-    # Cosines take care of their own squares, and sums want what is in memory already.
-    whole, g = g, numerics.squarable(g)
-    source, nu = (
-      _adopt(g, old, b2, eps) if stability == "adopt"
-      else (g, numerics.average(old.nu, jnp.square(g), b2))
+    # `numerics.cosine` handles large squares itself, and its sums are best read from the unclipped
+    # gradient, which is in memory already.
+    unclipped, g = g, numerics.clip_to_squarable(g)
+    increment, nu = (
+      _scale_by_adopt(g, old, b2, eps) if stability == "adopt"
+      else (g, numerics.update_average(old.nu, jnp.square(g), b2))
     )
     a = old.torque
     if torque:
-      a = numerics.average(a, numerics.cosine(old.mu, whole), torque_decay)
-      source = source * (_TORQUE_EPS + (1 + a) / 2)
-    keep = numerics.scalar(b1, g.dtype)
-    mu = keep * old.mu + (source if torque == "sum" else (1 - keep) * source)
+      a = numerics.update_average(a, numerics.cosine(old.mu, unclipped), torque_decay)
+      increment = increment * (_TORQUE_EPS + (1 + a) / 2)
+    decay = numerics.scalar(b1, g.dtype)
+    mu = decay * old.mu + (increment if torque == "sum" else (1 - decay) * increment)
     u = mu
     if stability != "adopt":
       u = _adam_direction(mu, nu, eps, (b1, b2), None if torque == "sum" else old.count)
@@ -127,25 +128,25 @@ def scale_by_hina(
     numbers={"torque": 0.0} if torque else None)
 
 
-def _adopt(
+def _scale_by_adopt(
   g: jax.Array, old: ScaleByHinaState, b2: Scalar, eps: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-  """`g` scaled, and new `nu`: optax's ADOPT without its momentum, which would repeat ours."""
+  """The scaled `g` and the new `nu` of optax's ADOPT, without its momentum: `mu` is ours."""
   adopt = optax.contrib.scale_by_adopt(
     b1=0.0, b2=b2, eps=eps, clip_value_fn=lambda count: count.astype(g.dtype) ** 0.25
   )
-  before = optax.ScaleByAdamState(count=old.count - 1, mu=jnp.zeros_like(g), nu=old.nu)
-  scaled, new = adopt.update(g, before)
+  adopt_state = optax.ScaleByAdamState(count=old.count - 1, mu=jnp.zeros_like(g), nu=old.nu)
+  scaled, new = adopt.update(g, adopt_state)
   return scaled, new.nu
 
 
 def _adam_direction(
   mu: jax.Array, nu: jax.Array, eps: Scalar, betas: tuple[Scalar, Scalar], count: jax.Array | None
 ) -> jax.Array:
-  """`mu / (sqrt(nu) + eps)`, both corrected for their start from zero unless `count` is `None`."""
+  """`mu / (sqrt(nu) + eps)`, with bias correction of both moments unless `count` is `None`."""
   if count is None:
     return mu / (jnp.sqrt(nu) + numerics.scalar(eps, mu.dtype))
-  first, second = (numerics.debias(b, count, mu.dtype) for b in betas)
+  first, second = (numerics.bias_correction(b, count, mu.dtype) for b in betas)
   return (mu / first) / (jnp.sqrt(nu / second) + numerics.scalar(eps, mu.dtype))
 
 
@@ -166,7 +167,7 @@ def _build(options):
 
 registry.register(Part(
   scale_by_hina, ScaleByHinaState, "moments", 10, (
-    Option("betas", (0.9, 0.999), registry.Allowed(_check_betas, "a pair, each in [0, 1)"),
+    Option("betas", (0.9, 0.999), registry.AllowedValues(_check_betas, "a pair, each in [0, 1)"),
            "decays of the two moments"),
     Option("eps", 1e-8, registry.POSITIVE, "added to the root of the second moment"),
     Option("use_tam", True, registry.FLAG, "torque-aware momentum (`torque` of `scale_by_hina`)",
@@ -177,7 +178,7 @@ registry.register(Part(
            "ADOPT's second moment (`stability` of `scale_by_hina`)",
            "maximum of two successive second moments"),
   ), ("use_tam", "use_adopt_stability"), _build, is_on=lambda options: True,
-  # What ADOPT keeps is what Adam keeps.
+  # ADOPT has the same state as Adam, so a state does not show it.
   shows={"use_tam": lambda state: state.torque is not None,
          "use_adopt_stability": lambda state: False},
   figures={"torque": Figure("torque", -2.0)},

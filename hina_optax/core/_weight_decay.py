@@ -38,7 +38,7 @@ def add_scheduled_weight_decay(
     \cdot \begin{cases} 1 & t \le T \\
     \max(\rho, f^{\min((t - T)/T,\, 2)}) & t > T \end{cases}
 
-  with the step `t` counted from 1. Without `transition_steps` it is
+  where the step `t` is counted from 1. Without `transition_steps` this is
   `optax.add_decayed_weights`. Place it behind the core and before the learning rate. To leave
   biases and norms out, wrap it in `optax.masked`.
 
@@ -46,8 +46,8 @@ def add_scheduled_weight_decay(
     weight_decay: :math:`\lambda` >= 0, per unit of learning rate: each step takes
       `learning_rate * lambda` of a parameter away. 0 is the identity.
     transition_steps: `T` > 0 in steps; `None`: constant.
-    factor: `f` in (0, 1]: what is left of the decay after another `T` steps. After `2T` more it
-      stays at `f**2`.
+    factor: `f` in (0, 1], the share of the decay that is left `T` steps after it began to fade.
+      `2T` steps after that beginning it stays at `f**2`.
     min_ratio: :math:`\rho` in [0, 1], the least share that is left.
 
   Returns:
@@ -76,13 +76,13 @@ def add_scheduled_weight_decay(
   """
   checks.number("weight_decay", weight_decay)
   checks.number("factor", factor, 0.0, 1.0, open_low=True)
-  checks.fraction("min_ratio", min_ratio)
+  checks.unit_interval("min_ratio", min_ratio)
   if transition_steps is not None:
     checks.number("transition_steps", transition_steps, 0.0, open_low=True)
 
   def decay(leaf, u, p, old):
     del leaf
-    ratio = _remaining(old.count, transition_steps, factor, min_ratio)
+    ratio = _remaining_share(old.count, transition_steps, factor, min_ratio)
     amount = numerics.scalar(weight_decay, u.dtype) * numerics.scalar(ratio, u.dtype)
     return u + amount * p, old
 
@@ -90,7 +90,7 @@ def add_scheduled_weight_decay(
     AddScheduledWeightDecayState, decay, reads_params="add_scheduled_weight_decay")
 
 
-def _remaining(
+def _remaining_share(
   count: jax.Array, transition_steps: Scalar | None, factor: Scalar, min_ratio: Scalar
 ) -> jax.Array:
   """Share of the weight decay that is left at step `count`."""
@@ -117,7 +117,8 @@ registry.register(Part(
     Option("dynamic_weight_decay", True, registry.FLAG,
            "`add_scheduled_weight_decay`: weight decay fades"),
     Option("wd_transition_steps", 1000, registry.POSITIVE, "steps after which it begins to fade"),
-    Option("wd_decay_factor", 0.7, registry.SHARE, "what is left after as many steps again"),
+    Option("wd_decay_factor", 0.7, registry.POSITIVE_FRACTION,
+           "what is left after as many steps again"),
     Option("wd_min_ratio", 0.1, registry.FRACTION, "least share that is left"),
     Option("weight_decay_mask", None, registry.ANYTHING,
            "where it acts, as `optax.masked` takes it; `None`: everywhere"),

@@ -1,1 +1,1 @@
-"""The one loop over leaves: leaves that are alike in one array, group after group."""
+"""The loop over leaves: similar leaves are stacked into one array, and updated group by group."""

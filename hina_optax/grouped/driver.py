@@ -1,7 +1,7 @@
-"""The grouped update: any transformation in one loop over leaves, with any storage of its state.
+"""The grouped update: runs any transformation in one loop over leaves, with any codecs.
 
-For each group of leaves the loop gathers gradients and parameters, opens the group's state, runs
-the transformation, closes the state and hands the updates back, before the next group begins.
+For each group of leaves the loop gathers gradients and parameters, decodes the group's state, runs
+the transformation, encodes the state and returns the updates, before the next group begins.
 Wrappers that are nested in each other become one loop.
 """
 
@@ -15,106 +15,117 @@ import optax
 from hina_optax.base import rounding, shardings, traits
 from hina_optax.base.traits import Traits
 from hina_optax.grouped import codecs
-from hina_optax.grouped.codecs import Layer
-from hina_optax.grouped.settings import Settings, Stacking, begin, layout_of
+from hina_optax.grouped.codecs import Codec
+from hina_optax.grouped.settings import Settings, Stacking, init_state, make_layout
 from hina_optax.grouped.step import Step
 
 __all__ = [
-  "Settings", "Stacking", "apply_of", "layout_of", "settings_of", "transformation", "with_layer",
-  "with_settings",
+  "Settings", "Stacking", "get_apply", "get_settings", "make_layout", "make_transformation",
+  "with_codec", "with_settings",
 ]
 
-# Settings may depend on the shapes of the parameters (a memory plan), and are then found anew.
-Resolve = Callable[[Any, Any], Settings]
+# `(params, state) -> settings`. A function, because settings may depend on the shapes of the
+# parameters, as with a memory plan. At `init` the state is `None`.
+SettingsResolver = Callable[[Any, Any], Settings]
 
 
-def settings_of(inner: Any) -> Resolve:
-  """The settings that `inner` runs with, if the driver runs it, else those of `inner` alone."""
-  found = traits.traits_of(inner).driver
-  if found is not None:
-    return found
-  plain = Settings(optax.with_extra_args_support(inner))
-  return lambda params, state: plain
+def get_settings(inner: Any) -> SettingsResolver:
+  """Returns the settings that `inner` already runs with, or the default settings around it."""
+  resolver = traits.get_traits(inner).driver
+  if resolver is not None:
+    return resolver
+  default = Settings(optax.with_extra_args_support(inner))
+  return lambda params, state: default
 
 
 def with_settings(
   inner: Any, change: Callable[[Settings], Settings]
 ) -> optax.GradientTransformationExtraArgs:
-  """`inner` in the driver with other settings; what is nested becomes one driver."""
-  resolve = settings_of(inner)
-  known = traits.traits_of(inner)
-  return transformation(lambda params, state: change(resolve(params, state)),
-                        Traits(options=known.options, decide=known.decide))
+  """Returns `inner` with changed settings; nested wrappers share one loop."""
+  resolve = get_settings(inner)
+  inner_traits = traits.get_traits(inner)
+  return make_transformation(
+    lambda params, state: change(resolve(params, state)),
+    Traits(options=inner_traits.options, choose_plan=inner_traits.choose_plan))
 
 
-def with_layer(inner: Any, layer: Layer, window: int | None = None) -> Any:
-  """`inner` with one more layer of storage around its state."""
-  resolve = settings_of(inner)
-  known = traits.traits_of(inner)
+def with_codec(inner: Any, codec: Codec, window: int | None = None) -> Any:
+  """Returns `inner` with one more codec around its state."""
+  resolve = get_settings(inner)
+  inner_traits = traits.get_traits(inner)
 
-  def outer(params: Any, state: Any) -> Settings:
-    below = resolve(params, getattr(state, "inner_state", state))
+  def resolve_with_codec(params: Any, state: Any) -> Settings:
+    settings = resolve(params, getattr(state, "inner_state", state))
     return dataclasses.replace(
-      below, layers=(*below.layers, layer), window=below.window if window is None else window)
+      settings, codecs=(*settings.codecs, codec),
+      window=settings.window if window is None else window)
 
-  return transformation(outer, Traits(options=known.options, decide=known.decide))
+  return make_transformation(
+    resolve_with_codec,
+    Traits(options=inner_traits.options, choose_plan=inner_traits.choose_plan))
 
 
-def transformation(resolve: Resolve, known: Traits) -> optax.GradientTransformationExtraArgs:
-  """The transformation that runs in the driver with the settings that `resolve` gives."""
+def make_transformation(
+  resolve: SettingsResolver, known_traits: Traits
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the transformation that runs the loop with the settings that `resolve` returns."""
   def init(params: Any) -> Any:
     settings = resolve(params, None)
-    state, _ = begin(settings, params)
-    forms = codecs.forms_of(settings.layers, _abstract(state))
-    counters = codecs.first_counters(settings.layers)
-    keys = [None if c is None else (_key(layer, c),) * 2
-            for layer, c in zip(settings.layers, counters)]
-    _refuse_hosted(settings.layers, forms, state)
-    stored = codecs.closed(settings.layers, forms, state, codecs.folded(forms, keys))
-    state = codecs.wrapped(settings.layers, stored, counters)
-    return state if all(layer.rounds for layer in settings.layers) else codecs.committed(state)
+    state, _ = init_state(settings, params)
+    encodings = codecs.choose_encodings(settings.codecs, _to_shapes(state))
+    counters = codecs.init_counters(settings.codecs)
+    keys = [None if counter is None else (_derive_key(codec, counter),) * 2
+            for codec, counter in zip(settings.codecs, counters)]
+    _reject_offloaded_leaves(settings.codecs, encodings, state)
+    stored = codecs.encode_leaves(
+      settings.codecs, encodings, state, codecs.derive_leaf_keys(encodings, keys))
+    state = codecs.wrap_state(settings.codecs, stored, counters)
+    if all(codec.is_lossy for codec in settings.codecs):
+      return state
+    return codecs.commit_state(state)
 
-  checked: dict[Any, str | None] = {}
+  # What `Step` has found out about the inner transformation, so that it is traced only once.
+  cross_leaf_cache: dict[Any, str | None] = {}
 
   def update(updates, state, params=None, **extra_args):
     settings = resolve(updates if params is None else params, state)
-    return Step(settings, updates, state, params, extra_args, checked).run(add=False)
+    return Step(settings, updates, state, params, extra_args, cross_leaf_cache).run(add=False)
 
   def apply(updates, state, params, **extra_args):
     settings = resolve(params, state)
-    return Step(settings, updates, state, params, extra_args, checked).run(add=True)
+    return Step(settings, updates, state, params, extra_args, cross_leaf_cache).run(add=True)
 
   update.apply = apply  # type: ignore[attr-defined]
-  return traits.with_traits(
-    init, shardings.automatic(update), dataclasses.replace(known, driver=resolve))
+  return traits.attach_traits(
+    init, shardings.use_automatic_axes(update), dataclasses.replace(known_traits, driver=resolve))
 
 
-def apply_of(tx: Any) -> Callable[..., tuple[Any, Any]] | None:
-  """The update of a transformation in the driver that also adds; `None` for another."""
+def get_apply(tx: Any) -> Callable[..., tuple[Any, Any]] | None:
+  """Returns the function that updates and adds in one loop; `None` if `tx` has no such loop."""
   return getattr(tx.update, "apply", None) or getattr(
     getattr(tx.update, "__wrapped__", None), "apply", None)
 
 
-def _key(layer: Layer, counter: Any) -> Any:
-  return rounding.key_of(counter[1], counter[0], layer.purpose)
+def _derive_key(codec: Codec, counter: Any) -> Any:
+  return rounding.make_key(counter[1], counter[0], codec.purpose)
 
 
-def _refuse_hosted(layers: Sequence[Layer], forms: Any, state: Any) -> None:
-  """Refuses to round what is already in host memory."""
-  found, leaves, structure = codecs.flatten(state)
-  for path, x, form in zip(found, leaves, structure.flatten_up_to(forms)):
-    hosted = False
-    for stage in form.stages:
-      layer = layers[stage.layer]
-      if layer.rounds and hosted:
+def _reject_offloaded_leaves(state_codecs: Sequence[Codec], encodings: Any, state: Any) -> None:
+  """Refuses to round leaves that are in host memory."""
+  leaf_paths, leaves, structure = codecs.flatten_state(state)
+  for path, x, encoding in zip(leaf_paths, leaves, structure.flatten_up_to(encodings)):
+    is_offloaded = False
+    for stage in encoding.stages:
+      codec = state_codecs[stage.codec_index]
+      if codec.is_lossy and is_offloaded:
         raise ValueError(
           f"state leaf '{path}' is in host memory, where nothing can be computed: put "
           "with_host_offload outside of the other storage wrappers, not inside.")
-      hosted = hosted or not layer.rounds
-    if form.stages and any(layers[s.layer].rounds for s in form.stages):
-      codecs.refuse_host(path, x)
+      is_offloaded = is_offloaded or not codec.is_lossy
+    if any(state_codecs[stage.codec_index].is_lossy for stage in encoding.stages):
+      codecs.reject_host_memory(path, x)
 
 
-def _abstract(state: Any) -> Any:
+def _to_shapes(state: Any) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, state)

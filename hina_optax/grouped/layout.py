@@ -1,7 +1,7 @@
-"""Which leaves are one array: the layout of a state, and stacks of leaves.
+"""Layouts: which leaves are stacked into one array.
 
-A layout is static: it stands in the structure of the state, so that every function that is given a
-state knows it.
+A layout is static. It is part of the structure of the state, so every function that gets a state
+also gets its layout.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from jax import lax
 
 from hina_optax.base import numerics, paths, positions, shardings
 
-# Operands of one concatenation: XLA's passes take a time quadratic in them.
-_MOST_OPERANDS = 512
+# Operands of one concatenation: the time of XLA's passes grows with the square of their number.
+_MAX_OPERANDS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Leaves of one shape that are one array, or one leaf that stands alone.
+  """Leaves of one shape that are stacked into one array, or one leaf that is not stacked.
 
   Attributes:
-    name: the path of a leaf that stands alone; what the paths share, and the shape, of others.
-    paths: of its leaves.
-    places: of its leaves in the flattened tree.
-    shape: of each leaf.
-    kind: what is the same of all of them beside shape and dtype.
+    name: the path of a leaf that is not stacked; for a stack, what the paths share, and the shape.
+    paths: paths of its leaves.
+    places: indices of its leaves in the flattened tree.
+    shape: shape of each leaf.
+    kind: what else its leaves have in common, beside shape and dtype.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Group:
 
   @property
   def size(self) -> int:
-    """Elements of all its leaves."""
+    """Number of elements of all its leaves."""
     return len(self.places) * math.prod(self.shape)
 
 
@@ -57,7 +57,7 @@ class Layout:
 
   Attributes:
     groups: in the order of their first leaves.
-    count: places of the tree, absent leaves counted.
+    count: number of places of the tree, including those of absent leaves.
   """
 
   groups: tuple[Group, ...]
@@ -75,43 +75,43 @@ class Layout:
     return self._hash
 
   def __eq__(self, other: object) -> bool:
-    # A state is compared with another at every call of a jitted function.
+    # Every call of a jitted function compares layouts. Equal hashes are checked first for speed.
     return self is other or (
       isinstance(other, Layout) and self._hash == other._hash and self._key == other._key)
 
   def __repr__(self) -> str:
-    """Short: it stands in JAX's messages on trees that do not match."""
+    """A short text, since it appears in JAX's errors on trees that do not match."""
     return f"Layout({', '.join(f'{group.name}: {len(group.places)}' for group in self.groups)})"
 
   @property
   def stacked(self) -> bool:
-    """Whether any leaves are one array."""
+    """Whether any leaves are stacked."""
     return any(group.stacked for group in self.groups)
 
   @property
   def paths(self) -> list[str]:
-    """Of all leaves, group by group."""
+    """Paths of all leaves, group by group."""
     return [path for group in self.groups for path in group.paths]
 
 
 class Grouped:
-  """A tree like the parameters as one entry per group: a mapping from the groups' names.
+  """A tree like the parameters, stored as a mapping from the names of groups to their arrays.
 
   Attributes:
     layout: how the leaves are grouped.
-    arrays: one per group; of stacked leaves `(leaves, *shape)`.
+    arrays: one per group; `(leaves, *shape)` for a stack.
   """
 
   def __init__(self, layout: Layout, arrays: Iterable[Any]):
     self.layout, self.arrays = layout, list(arrays)
-    positions.make_known_to_flax(Grouped, _to_flax, _from_flax)
+    positions.register_with_flax(Grouped, _to_flax, _from_flax)
 
   def keys(self) -> list[str]:
     """Names of the groups."""
     return [group.name for group in self.layout.groups]
 
   def values(self) -> list[Any]:
-    """Their arrays."""
+    """Arrays of the groups."""
     return list(self.arrays)
 
   def items(self) -> Iterator[tuple[str, Any]]:
@@ -153,68 +153,72 @@ def is_grouped(x: Any) -> bool:
   return isinstance(x, Grouped)
 
 
-def layout_in(state: Any) -> Layout | None:
-  """The layout of a state; `None` where nothing is stacked."""
+def find_layout(state: Any) -> Layout | None:
+  """Returns the layout of a state; `None` if nothing is stacked."""
   return next((x.layout for x in jax.tree.leaves(state, is_leaf=is_grouped) if is_grouped(x)), None)
 
 
-def alone(tree: Any, kinds: Sequence[Any] | None = None) -> Layout:
-  """Each leaf of `tree` by itself."""
-  return _laid_out(tree, kinds or [None] * len(paths.flatten(tree)[0]), lambda i, key: (i,))
+def separate_leaves(tree: Any, kinds: Sequence[Any] | None = None) -> Layout:
+  """Returns a layout in which each leaf is a group of its own."""
+  return _build_layout(tree, kinds or [None] * len(paths.flatten(tree)[0]), lambda i, key: (i,))
 
 
-def grouped(
-  tree: Any, max_elements: int, kinds: Sequence[Any], most_rows: Callable[[int], int] | None = None
+def group_leaves(
+  tree: Any, max_elements: int, kinds: Sequence[Any], max_leaves: Callable[[int], int] | None = None
 ) -> Layout:
-  """Leaves of equal shape, dtype and kind together.
+  """Returns a layout that stacks leaves of equal shape, dtype and kind.
 
-  Leaves of more than `max_elements` and sharded leaves stand alone; see `standing_alone`.
+  Leaves of more than `max_elements` and sharded leaves are not stacked; see
+  `find_unstackable_leaves`.
 
   Args:
     tree: the parameters.
-    max_elements: of a leaf that is stacked.
-    kinds: for each place of the tree, what decides beside shape and dtype.
-    most_rows: for the place of a leaf, how many of its kind one stack may hold.
+    max_elements: largest number of elements of a leaf that is stacked.
+    kinds: for each place of the tree, what must agree beside shape and dtype.
+    max_leaves: `f(place)`, the largest number of leaves in a stack with the leaf of this place.
   """
   leaves = paths.flatten(tree)[1]
-  apart = standing_alone(tree)
+  unstackable = find_unstackable_leaves(tree)
 
   def key(i: int, kind: Any) -> tuple[Any, ...]:
-    small = 0 < np.size(leaves[i]) <= max_elements
-    return ("stack", *kind) if small and i not in apart else (i,)
+    is_small = 0 < np.size(leaves[i]) <= max_elements
+    return ("stack", *kind) if is_small and i not in unstackable else (i,)
 
-  return _laid_out(tree, kinds, key, most_rows)
+  return _build_layout(tree, kinds, key, max_leaves)
 
 
-def _laid_out(
+def _build_layout(
   tree: Any, kinds: Sequence[Any], key: Callable[[int, Any], tuple[Any, ...]],
-  most_rows: Callable[[int], int] | None = None,
+  max_leaves: Callable[[int], int] | None = None,
 ) -> Layout:
   places, leaves, _ = paths.flatten(tree)
-  together: dict[Any, list[int]] = {}
+  places_by_key: dict[Any, list[int]] = {}
   for i, leaf in enumerate(leaves):
     if not paths.is_absent(leaf):
       kind = (tuple(jnp.shape(leaf)), jnp.dtype(leaf.dtype).name, kinds[i])
-      together.setdefault(key(i, kind), []).append(i)
-  groups, taken = [], set[str]()
-  for members in together.values():
-    most = len(members) if most_rows is None else max(1, most_rows(members[0]))
-    parts = -(-len(members) // most)
+      places_by_key.setdefault(key(i, kind), []).append(i)
+  groups, used_names = [], set[str]()
+  for alike in places_by_key.values():
+    limit = len(alike) if max_leaves is None else max(1, max_leaves(alike[0]))
+    # Groups of nearly equal size, rather than full ones and a small rest.
+    parts = -(-len(alike) // limit)
     for part in range(parts):
-      own = members[part * len(members) // parts:(part + 1) * len(members) // parts]
-      found, shape = tuple(places[i].path for i in own), tuple(jnp.shape(leaves[own[0]]))
-      groups.append(Group(_unique(_name(found, shape), taken), found, tuple(own), shape,
-                          kinds[own[0]]))
+      members = alike[part * len(alike) // parts:(part + 1) * len(alike) // parts]
+      leaf_paths = tuple(places[i].path for i in members)
+      shape = tuple(jnp.shape(leaves[members[0]]))
+      name = _make_unique(_name_group(leaf_paths, shape), used_names)
+      groups.append(Group(name, leaf_paths, tuple(members), shape, kinds[members[0]]))
   return Layout(tuple(sorted(groups, key=lambda g: g.places[0])), len(leaves))
 
 
-def standing_alone(tree: Any) -> frozenset[int]:
-  """Places of the leaves that are not stacked, whatever their size.
+def find_unstackable_leaves(tree: Any) -> frozenset[int]:
+  """Returns the places of the leaves that must not be stacked, whatever their size.
 
-  A stack would gather leaves that are sharded. Where a mesh of several devices is set, all leaves
-  may be. Boxes (`flax.linen.LogicallyPartitioned`, variables of `flax.nnx` with a sharding) say how
-  their leaves are to be sharded: a tree that has any keeps its form in the state, boxes included,
-  so that whoever asks the state finds what the parameters have.
+  A stack would gather leaves that are sharded. If a mesh of several devices is set, every leaf may
+  be sharded. Boxes (`flax.linen.LogicallyPartitioned`, variables of `flax.nnx` with a sharding) say
+  how their leaves are to be sharded. If a tree has any box, none of its leaves is stacked: the
+  state keeps the structure of the parameters, boxes included, and code that reads shardings from
+  it finds those of the parameters.
   """
   leaves = paths.flatten(tree)[1]
   nodes = jax.tree.leaves(tree, is_leaf=lambda x: paths.is_absent(x) or _is_box(x))
@@ -228,15 +232,16 @@ def _is_box(x: Any) -> bool:
     return True
   if isinstance(x, jax.Array) or not callable(getattr(type(x), "get_metadata", None)):
     return False
-  known = x.get_metadata()
-  return any(known.get(name) is not None for name in ("sharding", "sharding_names", "out_sharding"))
+  metadata = x.get_metadata()
+  return any(
+    metadata.get(name) is not None for name in ("sharding", "sharding_names", "out_sharding"))
 
 
-def _name(found: tuple[str, ...], shape: tuple[int, ...]) -> str:
-  """The path of one leaf; of several what they share, with `*` for the rest, and their shape."""
-  if len(found) == 1:
-    return found[0]
-  parts = [path.split("/") for path in found]
+def _name_group(leaf_paths: tuple[str, ...], shape: tuple[int, ...]) -> str:
+  """Returns the path of a single leaf, or what several paths share, with `*`, and the shape."""
+  if len(leaf_paths) == 1:
+    return leaf_paths[0]
+  parts = [path.split("/") for path in leaf_paths]
   shortest = min(map(len, parts))
   same = [len({p[i] for p in parts}) == 1 for i in range(shortest)]
   head = same.index(False) if False in same else shortest
@@ -247,55 +252,55 @@ def _name(found: tuple[str, ...], shape: tuple[int, ...]) -> str:
   return f"{'/'.join(shared)}[{'x'.join(map(str, shape))}]"
 
 
-def _unique(name: str, taken: set[str]) -> str:
-  number, chosen = 2, name
-  while chosen in taken:
-    chosen, number = f"{name}#{number}", number + 1
-  taken.add(chosen)
-  return chosen
+def _make_unique(name: str, used_names: set[str]) -> str:
+  number, unique = 2, name
+  while unique in used_names:
+    unique, number = f"{unique}#{number}", number + 1
+  used_names.add(unique)
+  return unique
 
 
-def stack(rows: Sequence[Any], shape: tuple[int, ...]) -> Any:
-  """Leaves of one shape as the rows of one array; zeros where one is absent.
+def stack(leaves: Sequence[Any], shape: tuple[int, ...]) -> Any:
+  """Stacks leaves of one shape into one array, with zeros for an absent leaf.
 
-  Rows of several dtypes are joined in the dtype in which they are computed.
+  Leaves of several dtypes are cast to the dtype in which they are computed.
   """
-  dtypes = {jnp.dtype(x.dtype) for x in rows if not paths.is_absent(x)}
+  dtypes = {jnp.dtype(x.dtype) for x in leaves if not paths.is_absent(x)}
   dtype = dtypes.pop() if len(dtypes) == 1 else numerics.compute_dtype(*dtypes)
   parts = [jnp.zeros((1, *shape), dtype) if paths.is_absent(x)
-           else lax.reshape(jnp.asarray(x).astype(dtype), (1, *shape)) for x in rows]
+           else lax.reshape(jnp.asarray(x).astype(dtype), (1, *shape)) for x in leaves]
   while len(parts) > 1:
-    parts = [lax.concatenate(parts[i:i + _MOST_OPERANDS], 0)
-             for i in range(0, len(parts), _MOST_OPERANDS)]
+    parts = [lax.concatenate(parts[i:i + _MAX_OPERANDS], 0)
+             for i in range(0, len(parts), _MAX_OPERANDS)]
   return parts[0]
 
 
 def unstack(array: Any) -> list[Any]:
-  """The rows of an array, each as an array of its own."""
+  """Returns the rows of a stack as separate arrays."""
   return [lax.index_in_dim(array, i, keepdims=False) for i in range(array.shape[0])]
 
 
-def to_groups(layout: Layout, state: Any, structure: Any) -> Any:
-  """`state` with a `Grouped` for each tree like the parameters, vectors in the layout's order."""
+def group_state(layout: Layout, state: Any, structure: Any) -> Any:
+  """Replaces each tree like the parameters by a `Grouped`, and reorders vectors as in `layout`."""
   is_tree = positions.is_tree_like(structure)
 
   def convert(x: Any) -> Any:
     if isinstance(x, positions.LeafNumbers):
       order = [x.names.index[path] for path in layout.paths]
-      names = positions.names_of(tuple(layout.paths))
+      names = positions.intern_names(tuple(layout.paths))
       same = names == x.names
       return positions.LeafNumbers(names, x.numbers if same else x.numbers[np.array(order)])
     if not is_tree(x):
       return x
-    rows = structure.flatten_up_to(x)
-    return Grouped(layout, [_stacked_state(g, [rows[i] for i in g.places]) for g in layout.groups])
+    leaves = structure.flatten_up_to(x)
+    return Grouped(layout, [_stack_states(g, [leaves[i] for i in g.places]) for g in layout.groups])
 
   return jax.tree.map(
     convert, state, is_leaf=lambda x: isinstance(x, positions.LeafNumbers) or is_tree(x))
 
 
-def _stacked_state(group: Group, rows: list[Any]) -> Any:
-  """The states of a group's leaves as one, which may be several arrays per leaf."""
+def _stack_states(group: Group, states: list[Any]) -> Any:
+  """Stacks the states of a group's leaves, each of which may be several arrays."""
   if not group.stacked:
-    return rows[0]
-  return jax.tree.map(lambda *xs: stack(xs, jnp.shape(xs[0])), *rows)
+    return states[0]
+  return jax.tree.map(lambda *xs: stack(xs, jnp.shape(xs[0])), *states)

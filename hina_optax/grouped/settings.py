@@ -1,4 +1,4 @@
-"""What the driver runs, and how it groups the leaves of a tree."""
+"""The settings of the update loop, and how it groups the leaves of a tree."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from hina_optax.base import paths, positions, traits
-from hina_optax.grouped import codecs, separable
+from hina_optax.grouped import codecs, leaf_dependencies
 from hina_optax.grouped import layout as layouts
-from hina_optax.grouped.codecs import Layer
+from hina_optax.grouped.codecs import Codec
 from hina_optax.grouped.layout import Layout
 
 
@@ -18,8 +18,9 @@ class Stacking:
   """Which leaves are stacked.
 
   Attributes:
-    max_elements: of a leaf that is stacked.
-    kind: `f(path, leaf) -> hashable` of the user; `None`: it is read from what is computed.
+    max_elements: largest number of elements of a leaf that is stacked.
+    kind: `f(path, leaf) -> hashable`, given by the user. With `None`, leaves are of one kind if the
+      transformation computes the same for them.
   """
 
   max_elements: int
@@ -28,61 +29,64 @@ class Stacking:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the driver runs, and how.
+  """What the loop runs, and how.
 
   Attributes:
     inner: the transformation.
-    stacking: `None`: every leaf stands alone.
-    layers: of storage, from the inside out.
-    window: opened bytes of hosted state on the device at once; `None`: all of it.
-    layout: how leaves are grouped, where it was decided before.
-    contains: whether the inner has no guard of its own against numbers that are not finite. It is
-      then given 0 in their place, and numbers whose squares fp32 holds; what is not finite passes
-      unchanged, the rest comes out in the dtype of its parameter.
-    short: whether the inner does as little for a leaf as Adam does. On CPUs its groups are then no
-      programs of their own.
+    stacking: which leaves are stacked; `None`: none are.
+    codecs: how the state is stored, from the inside out.
+    window: largest number of bytes of offloaded state that is decoded on the device at once;
+      `None`: no limit.
+    layout: how leaves are grouped, if that is already known.
+    guards_non_finite: whether the loop guards the inner transformation, which then has no guard of
+      its own, against numbers that are not finite. The inner gets 0 in their place, and numbers
+      whose squares fp32 can hold. Numbers that are not finite pass unchanged; all other updates
+      are cast to the dtype of their parameter.
+    is_lightweight: whether the inner does as little work per leaf as Adam does. On CPUs its groups
+      are then not compiled as separate programs.
   """
 
   inner: Any
   stacking: Stacking | None = None
-  layers: tuple[Layer, ...] = ()
+  codecs: tuple[Codec, ...] = ()
   window: int | None = None
   layout: Layout | None = None
-  contains: bool = False
-  short: bool = False
+  guards_non_finite: bool = False
+  is_lightweight: bool = False
 
 
-def begin(settings: Settings, params: Any) -> tuple[Any, Layout | None]:
-  """The inner's state, opened, in groups where leaves are stacked, and the layout."""
-  if settings.contains:
+def init_state(settings: Settings, params: Any) -> tuple[Any, Layout | None]:
+  """Returns the inner's initial state, grouped if leaves are stacked, and the layout."""
+  if settings.guards_non_finite:
     paths.check_floating(params, "params")
-  if any(layer.rounds for layer in settings.layers):
+  if any(codec.is_lossy for codec in settings.codecs):
     params = jax.tree.map(codecs.widen, params)
   state = settings.inner.init(params)
   layout = settings.layout
   if layout is None and settings.stacking is not None:
-    layout = layout_of(settings, params, state)
+    layout = make_layout(settings, params, state)
   if layout is None or not layout.stacked:
     return state, None
-  return layouts.to_groups(layout, state, positions.structure_of(params)), layout
+  return layouts.group_state(layout, state, positions.get_structure(params)), layout
 
 
-def layout_of(settings: Settings, params: Any, state: Any = None) -> Layout:
-  """How the leaves of `params` are grouped."""
+def make_layout(settings: Settings, params: Any, state: Any = None) -> Layout:
+  """Groups the leaves of `params`."""
   assert settings.stacking is not None
-  kinds = _kinds(settings, params)
-  most_rows = None
+  kinds = _find_leaf_kinds(settings, params)
+  max_leaves = None
   if settings.window is not None:
     if state is None:
       state = jax.eval_shape(settings.inner.init, params)
-    sizes = opened_bytes(state, positions.structure_of(params))
+    sizes = count_state_bytes(state, positions.get_structure(params))
+    # Two windows are on the device at once: one on its way in, one on its way out.
     half = settings.window // 2
-    most_rows = lambda place: half // max(1, sizes[place])  # noqa: E731
-  return layouts.grouped(params, settings.stacking.max_elements, kinds, most_rows)
+    max_leaves = lambda place: half // max(1, sizes[place])  # noqa: E731
+  return layouts.group_leaves(params, settings.stacking.max_elements, kinds, max_leaves)
 
 
-def opened_bytes(state: Any, structure: Any) -> list[int]:
-  """For each place of the tree the bytes of its leaf's state."""
+def count_state_bytes(state: Any, structure: Any) -> list[int]:
+  """Returns, for each place of the tree, the bytes of its leaf's decoded state."""
   is_tree = positions.is_tree_like(structure)
   sizes = [0] * structure.num_leaves
   for node in jax.tree.leaves(state, is_leaf=is_tree):
@@ -92,42 +96,42 @@ def opened_bytes(state: Any, structure: Any) -> list[int]:
   return sizes
 
 
-def _kinds(settings: Settings, params: Any) -> list[Any]:
-  """For each place what decides beside shape and dtype."""
+def _find_leaf_kinds(settings: Settings, params: Any) -> list[Any]:
+  """Returns, for each place, what must agree, beside shape and dtype, in one stack."""
   assert settings.stacking is not None
-  known = traits.traits_of(settings.inner)
-  columns = [kinds(params) for kinds in known.kinds]
+  inner_traits = traits.get_traits(settings.inner)
+  columns = [kinds(params) for kinds in inner_traits.kinds]
   if settings.stacking.kind is not None:
     columns.append([None if paths.is_absent(x) else settings.stacking.kind(place.path, x)
                     for place, x in zip(*paths.flatten(params)[:2])])
-  elif not known.leafwise:
-    columns.append(_programs(settings.inner, params))
+  elif not inner_traits.leafwise:
+    columns.append(_find_programs(settings.inner, params))
   count = len(paths.flatten(params)[0])
   return [tuple(column[i] for column in columns) for i in range(count)]
 
 
-def _programs(inner: Any, params: Any) -> list[Any]:
-  """What `inner` computes for each leaf, or keeps of it where it cannot be asked beforehand."""
+def _find_programs(inner: Any, params: Any) -> list[Any]:
+  """Returns what `inner` computes for each leaf, or the shape of its state if that is unknown."""
   try:
-    found = separable.analyse(inner, params, {})
+    dependencies = leaf_dependencies.trace_dependencies(inner, params, {})
   except (TypeError, ValueError, KeyError, AttributeError):
-    # It wants extra arguments that only an update has: what it keeps of each leaf decides, and the
-    # update checks the rest.
-    structure = positions.structure_of(params)
+    # The inner needs extra arguments that only `update` gets. Leaves with equal state then count
+    # as one kind, and `update` checks the rest.
+    structure = positions.get_structure(params)
     state = jax.eval_shape(inner.init, params)
     is_tree = positions.is_tree_like(structure)
     trees = [structure.flatten_up_to(x) for x in jax.tree.leaves(state, is_leaf=is_tree)
              if is_tree(x)]
     return [str([jax.tree.map(lambda y: (y.shape, y.dtype), column[i]) for column in trees])
             for i in range(structure.num_leaves)]
-  if found.mixing is not None:
-    raise ValueError(refusal("with_leaf_batching can only batch", found.mixing))
-  return found.programs
+  if dependencies.cross_leaf is not None:
+    raise ValueError(describe_refusal("with_leaf_batching can only batch", dependencies.cross_leaf))
+  return dependencies.programs
 
 
-def refusal(wrapper: str, mixing: str) -> str:
-  """Why `wrapper` cannot take a transformation, and what to do."""
+def describe_refusal(wrapper: str, cross_leaf: str) -> str:
+  """Says why `wrapper` cannot take a transformation, and what to do."""
   return (
-    f"{wrapper} a transformation that treats each leaf by itself, but {mixing}. Put what looks "
+    f"{wrapper} a transformation that treats each leaf by itself, but {cross_leaf}. Put what looks "
     "across leaves (global norms, Prodigy, importance in a chain) outside of the wrapper, in a "
     "chain before or behind it.")

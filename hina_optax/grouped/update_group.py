@@ -1,6 +1,5 @@
-"""One group's turn: gather, open, run, close, hand back."""
+"""The update of one group: stack its leaves, decode, run, encode, split."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,442 +8,371 @@ import jax.numpy as jnp
 import numpy as np
 
 from hina_optax.base import numerics, paths
-from hina_optax.base.leaf import array_of
-from hina_optax.base.positions import LeafNumbers, names_of
-from hina_optax.grouped import codecs, layout, xla_cpu
-from hina_optax.grouped.codecs import Keys, Layer
+from hina_optax.base.positions import LeafNumbers, intern_names
+from hina_optax.grouped import codecs, xla_cpu
+from hina_optax.grouped.arrangements import Arrangement, CpuArrangement, GroupSignature
+from hina_optax.grouped.codecs import Codec, CodecKeys
 from hina_optax.grouped.layout import Group
 
 
-class Inputs(NamedTuple):
-  """What a step knows of one group.
+class GroupInputs(NamedTuple):
+  """The inputs of one group's update.
 
   Attributes:
-    group: which.
-    gradients: one per leaf, absent ones among them.
-    params: one per leaf; `None` where the update is given none.
-    rows: for each position of the state what it holds of the group, as it rests; a vector where it
-      holds numbers of leaves; `None` where it is shared.
-    forms: how these rest.
-    values: what was looked up across leaves, one row per leaf.
-    present: one boolean per leaf; `None` where all leaves have an update.
+    group: the group.
+    gradients: one per leaf, absent ones included.
+    params: one per leaf; `None` if the update gets no parameters.
+    state: for each slot of the state the group's part, encoded; a vector for a slot with numbers of
+      leaves; `None` for a shared slot.
+    encodings: how these parts are encoded.
+    values: values of measures, one row per leaf.
+    present: one boolean per leaf; `None` if all leaves have an update.
   """
 
   group: Group
   gradients: list[Any]
   params: list[Any] | None
-  rows: list[Any]
-  forms: list[Any]
+  state: list[Any]
+  encodings: list[Any]
   values: dict[str, Any]
   present: Any
 
 
-class Made(NamedTuple):
-  """What a step made of some groups.
+class GroupResults(NamedTuple):
+  """The results of the updates of some groups.
 
   Attributes:
-    groups: updates and state of each, as in `Inputs`.
-    shared: what all leaves share of the state.
-    done: a number that is there when all else is, in a program for CPUs.
+    groups: for each group its updates and its new state, in the format of `GroupInputs.state`.
+    shared: the new shared state.
+    token: a number that depends on the updates, in a program for CPUs.
   """
 
   groups: list[tuple[list[Any], list[Any]]]
   shared: list[Any]
-  done: Any
+  token: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-  """What decides the program of a group's turn, beside the shapes of its arrays.
+class GroupUpdater:
+  """Updates the groups of one step.
 
-  Attributes:
-    count: of its leaves.
-    shape: of each.
-    kind: of the layout.
-    absent: which leaves have no update.
-    forms: how the state rests.
+  Args:
+    inner: the transformation.
+    state_codecs: how the state is stored, from the inside out.
+    params_structure: structure of the user's tree.
+    state_structure: structure of the state above its slots.
+    slot_kinds: kind of each slot.
+    is_leafwise: whether the inner treats each leaf by itself by construction. It then runs under
+      `vmap` in the place of one leaf, and in programs that groups of equal signature share.
+    extra_args: extra arguments of the inner.
+    add: whether to return new parameters instead of updates.
+    guards_non_finite: see `Settings`.
+    traced: whether the step is traced.
   """
 
-  count: int
-  shape: tuple[int, ...]
-  kind: Any
-  absent: tuple[bool, ...]
-  forms: Any
+  def __init__(self, inner: Any, state_codecs: Sequence[Codec], params_structure: Any,
+               state_structure: Any, slot_kinds: Sequence[str], is_leafwise: bool,
+               extra_args: dict[str, Any], add: bool, guards_non_finite: bool, traced: bool):
+    self.inner, self.codecs = inner, state_codecs
+    self.params_structure, self.state_structure = params_structure, state_structure
+    self.slot_kinds, self.is_leafwise = slot_kinds, is_leafwise
+    self.extra_args, self.add = extra_args, add
+    self.guards_non_finite, self.traced = guards_non_finite, traced
+    # Place and path of the first leaf per signature. Groups of equal signature run in its place, so
+    # that they share one program.
+    self._first_leaves: dict[GroupSignature, tuple[int, str]] = {}
+    # Jitted only inside of a trace: `_update_group` is a new function per step, so an eager call
+    # would be compiled anew.
+    self._update_jitted = (
+      jax.jit(self._update_group, static_argnums=(0, 1, 2)) if traced else self._update_group)
+    self._update_called = xla_cpu.jit_without_inlining(
+      self._update_group, static_argnums=(0, 1, 2))
 
-  @property
-  def stacked(self) -> bool:
-    """Whether its leaves are one array."""
-    return self.count > 1
+  def update(self, batch: Sequence[GroupInputs], shared: list[Any], token: Any, element_count: int,
+             keys: CodecKeys) -> GroupResults:
+    """Updates the groups of one call of the inner.
 
+    Args:
+      batch: one group, or several leaves that are not stacked.
+      shared: the shared state, decoded.
+      token: `GroupResults.token` of the groups before. On CPUs this update waits for it.
+      element_count: number of elements of all groups of the step.
+      keys: keys of the codecs.
+    """
+    if len(batch) > 1 or (not self.is_leafwise and not batch[0].group.stacked):
+      return self._update_unstacked(batch, shared, token, keys)
+    [inputs] = batch
+    encodings, encodings_structure = jax.tree.flatten(inputs.encodings)
+    signature = GroupSignature(
+      len(inputs.group.places), inputs.group.shape, inputs.group.kind,
+      tuple(paths.is_absent(g) for g in inputs.gradients), (tuple(encodings), encodings_structure))
+    first_leaf = inputs.group.places[0], inputs.group.paths[0]
+    if self.is_leafwise:
+      first_leaf = self._first_leaves.setdefault(signature, first_leaf)
+    leaf_keys = codecs.derive_leaf_keys(inputs.encodings, keys)
+    present_g = [g for g in inputs.gradients if not paths.is_absent(g)]
+    args = (token, present_g, inputs.params, inputs.state, shared, inputs.values, inputs.present,
+            leaf_keys)
 
-class Stepper:
-  """The turns of all groups of one update."""
+    def default(token: Any, g: Any, p: Any, *rest: Any) -> Any:
+      return (*self._update_jitted(signature, first_leaf, False, g, p, *rest), token)
 
-  def __init__(self, inner: Any, layers: Sequence[Layer], structure: Any, state: Any,
-               kinds: Sequence[str], ours: bool, extra_args: dict[str, Any], add: bool,
-               contains: bool, traced: bool):
-    """`structure` is the parameters', `state` that of the state's positions, of these kinds."""
-    self.inner, self.layers, self.structure, self.state = inner, layers, structure, state
-    self.kinds, self.ours, self.extra_args, self.add = kinds, ours, extra_args, add
-    # The place and path of the first group of each kind: groups that are alike run its program.
-    self._first: dict[_Kind, tuple[int, str]] = {}
-    self.contains, self.traced = contains, traced
-    # Outside of a trace each call would be compiled anew.
-    self._turn = jax.jit(self._run, static_argnums=(0, 1, 2)) if traced else self._run
-    self._called = xla_cpu.as_call(self._run, static_argnums=(0, 1, 2))
+    def on_cpu(token: Any, g: Any, p: Any, state: Any, *rest: Any) -> Any:
+      g = [xla_cpu.delay_until(token, g[0]), *g[1:]]
+      # Reshaped outside of the call: XLA cannot write new state in the place of the old if a
+      # reshape stands in the kernel.
+      flat_state = _flatten_stacks(signature, state)
+      updates, new_state, new_shared = self._update_called(
+        signature, first_leaf, True, g, p, flat_state, *rest)
+      new_state = jax.tree.map(lambda x, old: x.reshape(old.shape), new_state, state)
+      token = xla_cpu.make_token(updates[:1])
+      # Outside of the call, so that it shares a kernel with the addition to the parameter.
+      if self.guards_non_finite:
+        updates = [self._restore_non_finite(u, x) for u, x in zip(updates, g)]
+      return updates, new_state, new_shared, token
 
-  def step(self, unit: Sequence[Inputs], shared: list[Any], done: Any, elements: int, keys: Keys
-           ) -> Made:
-    """The turn of some groups; `elements` are those of all groups of the step."""
-    if len(unit) > 1 or (not self.ours and not unit[0].group.stacked):
-      return self._bundle(unit, shared, done, keys)
-    [given] = unit
-    forms, structure = jax.tree.flatten(given.forms)
-    kind = _Kind(len(given.group.places), given.group.shape, given.group.kind,
-                 tuple(paths.is_absent(g) for g in given.gradients), (tuple(forms), structure))
-    first = given.group.places[0], given.group.paths[0]
-    if self.ours:
-      first = self._first.setdefault(kind, first)
-    folded = codecs.folded(given.forms, keys)
-    present = [g for g in given.gradients if not paths.is_absent(g)]
-    args = (done, present, given.params, given.rows, shared, given.values, given.present, folded)
-
-    def elsewhere(done: Any, g: Any, p: Any, *rest: Any) -> Any:
-      return (*self._turn(kind, first, False, g, p, *rest), done)
-
-    def on_cpu(done: Any, g: Any, p: Any, rows: Any, *rest: Any) -> Any:
-      # Where a reshape stands in a kernel, XLA cannot write new state in the place of the old.
-      g = [xla_cpu.after(done, g[0]), *g[1:]]
-      made, new, after = self._called(kind, first, True, g, p, _flat_rows(kind, rows), *rest)
-      new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, rows)
-      # Outside of the call, where it is one kernel with the addition to the parameter.
-      updates = [self._contained(x, y) for x, y in zip(made, g)] if self.contains else made
-      return updates, new, after, xla_cpu.number_of(made[:1])
-
-    on_host = any(not layer.rounds for layer in self.layers)
-    if self.traced and self.ours and not on_host and xla_cpu.is_worthwhile(elements):
-      updates, rows, new, done = xla_cpu.either(on_cpu, elsewhere, *args)
+    offloads = any(not codec.is_lossy for codec in self.codecs)
+    if (self.traced and self.is_leafwise and not offloads
+        and xla_cpu.is_worthwhile(element_count)):
+      updates, state, new_shared, token = xla_cpu.run_per_platform(on_cpu, default, *args)
     else:
-      updates, rows, new, done = elsewhere(*args)
-    return Made([(self._finished(given, updates), rows)], new, done)
+      updates, state, new_shared, token = default(*args)
+    return GroupResults([(self._finish_updates(inputs, updates), state)], new_shared, token)
 
-  def _run(self, kind: _Kind, first: tuple[int, str], on_cpu: bool, gradients: Any, params: Any,
-           rows: Any, shared: Any, values: Any, present: Any, keys: Any) -> Any:
-    forms = jax.tree.unflatten(kind.forms[1], kind.forms[0])
-    opened = _map_rows(lambda f, x, own: codecs.opened(self.layers, f, x, own), forms, rows, keys)
-    g = _with_absent(gradients, kind.absent)
-    turn = _OnCpu(kind) if on_cpu else _Plain(kind, self.traced)
-    stacked_g = turn.gather(self._wide(g))
-    stacked_p = None if params is None else turn.gather_params(self._wide(params))
-    raw, stacked_p = turn.settled(stacked_g, stacked_p)
-    stacked_g = raw
-    if self.contains:
-      stacked_g = numerics.squarable(
-        numerics.finite(raw).astype(numerics.compute_dtype(raw.dtype)))
-    numbers = [x[:, None] if k == "numbers" and kind.stacked else x
-               for k, x in zip(self.kinds, opened)]
-    inside = [turn.enter(x) if k == "rows" else x for k, x in zip(self.kinds, numbers)]
+  def _update_group(
+    self, signature: GroupSignature, first_leaf: tuple[int, str], on_cpu: bool, gradients: Any,
+    params: Any, state: Any, shared: Any, values: Any, present: Any, keys: Any,
+  ) -> Any:
+    """Returns the updates of the present leaves, the new encoded state and the new shared state."""
+    encodings = jax.tree.unflatten(signature.encodings[1], signature.encodings[0])
+    decoded = self._decode(encodings, state, keys)
+    g: Any = _insert_absent(gradients, signature.absent)
+    arrangement = CpuArrangement(signature) if on_cpu else Arrangement(signature, self.traced)
+    g = arrangement.stack_leaves(self._widen(g))
+    p = None if params is None else arrangement.stack_params(self._widen(params))
+    raw_g, p = arrangement.materialize(g, p)
+    g = raw_g
+    if self.guards_non_finite:
+      g = numerics.clip_to_squarable(
+        numerics.zero_non_finite(raw_g).astype(numerics.compute_dtype(raw_g.dtype)))
+    # Under `vmap` each leaf sees a vector with its own number.
+    has_axis = [kind == "numbers" and signature.stacked for kind in self.slot_kinds]
+    slots = [x[:, None] if is_vector else x for x, is_vector in zip(decoded, has_axis)]
+    slots = [arrangement.enter_state(x) if kind == "rows" else x
+             for kind, x in zip(self.slot_kinds, slots)]
 
-    def alone(g: Any, p: Any, rows: Any, values: Any) -> Any:
-      return self._alone(first, turn, g, p, rows, shared, values)
+    def update_leaf(g: Any, p: Any, slots: Any, values: Any) -> Any:
+      return self._update_leaf(first_leaf, arrangement, g, p, slots, shared, values)
 
-    if not kind.stacked:
-      values = jax.tree.map(lambda x: x[0], values)
-    axes = 0, turn.params_axis, 0, 0
-    run = jax.vmap(alone, in_axes=axes, out_axes=(0, 0, None)) if kind.stacked else alone
-    u, new_rows, new_shared = run(stacked_g, stacked_p, inside, values)
-    new = [turn.leave(x, old) if k == "rows" else x[:, 0] if k == "numbers" and kind.stacked else x
-           for k, x, old in zip(self.kinds, new_rows, opened)]
-    new = self._kept(kind, new, opened, present)
-    closed = _map_rows(lambda f, x, own: codecs.closed(self.layers, f, x, own), forms, new, keys)
-    if self.contains and not on_cpu:
-      u = self._contained(u, raw)
-    updates = [x for x, gone in zip(turn.rows(u), kind.absent) if not gone]
-    return updates, closed, new_shared
+    if signature.stacked:
+      axes = 0, arrangement.params_axis, 0, 0
+      run = jax.vmap(update_leaf, in_axes=axes, out_axes=(0, 0, None))
+    else:
+      run, values = update_leaf, jax.tree.map(lambda x: x[0], values)
+    u, new_slots, new_shared = run(g, p, slots, values)
+    new = [x[:, 0] if is_vector else x for x, is_vector in zip(new_slots, has_axis)]
+    new = [arrangement.leave_state(x, old) if kind == "rows" else x
+           for kind, x, old in zip(self.slot_kinds, new, decoded)]
+    new = self._keep_absent(signature, new, decoded, present)
+    encoded = self._encode(encodings, new, keys)
+    if self.guards_non_finite and not on_cpu:
+      u = self._restore_non_finite(u, raw_g)
+    updates = [x for x, is_absent in zip(arrangement.split_updates(u), signature.absent)
+               if not is_absent]
+    return updates, encoded, new_shared
 
-  def _wide(self, leaves: Sequence[Any]) -> list[Any]:
-    wide = any(layer.rounds for layer in self.layers)
-    return [codecs.widen(x) if wide and not paths.is_absent(x) else x for x in leaves]
+  def _decode(self, encodings: Sequence[Any], state: Sequence[Any], keys: Sequence[Any]) -> Any:
+    return _map_encoded(
+      lambda encoding, x, leaf_keys: codecs.decode_leaves(self.codecs, encoding, x, leaf_keys),
+      encodings, state, keys)
 
-  def _alone(self, first: tuple[int, str], turn: Any, g: Any, p: Any, rows: Any, shared: Any,
-             values: Any) -> Any:
-    """The inner's update of one leaf, in the place of the first leaf of its kind."""
-    place, path = first
+  def _encode(self, encodings: Sequence[Any], state: Sequence[Any], keys: Sequence[Any]) -> Any:
+    return _map_encoded(
+      lambda encoding, x, leaf_keys: codecs.encode_leaves(self.codecs, encoding, x, leaf_keys),
+      encodings, state, keys)
 
-    def tree(x: Any, others: Any = None) -> Any:
-      leaves = list(others or [None] * self.structure.num_leaves)
+  def _widen(self, leaves: Sequence[Any]) -> list[Any]:
+    is_lossy = any(codec.is_lossy for codec in self.codecs)
+    return [codecs.widen(x) if is_lossy and not paths.is_absent(x) else x for x in leaves]
+
+  def _update_leaf(self, first_leaf: tuple[int, str], arrangement: Any, g: Any, p: Any,
+                   slots: Any, shared: Any, values: Any) -> Any:
+    """Runs the inner on one leaf, in the place of the first leaf of its signature."""
+    place, path = first_leaf
+
+    def make_tree(x: Any, placeholders: Any = None) -> Any:
+      leaves = list(placeholders or [None] * self.params_structure.num_leaves)
       leaves[place] = x
-      return self.structure.unflatten(leaves)
+      return self.params_structure.unflatten(leaves)
 
     nodes = []
-    others = self._others({place: g})
-    for k, (kind, row, whole) in enumerate(zip(self.kinds, rows, shared)):
+    placeholders = self._make_placeholders({place: g})
+    for k, (kind, x, shared_node) in enumerate(zip(self.slot_kinds, slots, shared)):
       if kind == "rows":
-        nodes.append(tree(turn.leaf(row), others[k]))
+        nodes.append(make_tree(arrangement.wrap_leaf(x), placeholders[k]))
       elif kind == "numbers":
-        nodes.append(LeafNumbers(names_of((path,)), row))
+        nodes.append(LeafNumbers(intern_names((path,)), x))
       else:
-        nodes.append(whole)
-    measured = {name: {place: value} for name, value in values.items()}
-    updates, new = self.inner.update(
-      tree(turn.leaf(g)), self.state.unflatten(nodes), None if p is None else tree(turn.param(p)),
-      **self.extra_args, **measured)
-    new_rows, new_shared = [], []
-    for kind, node in zip(self.kinds, self.state.flatten_up_to(new)):
-      row = None
+        nodes.append(shared_node)
+    leaf_values = {name: {place: value} for name, value in values.items()}
+    updates, new_state = self.inner.update(
+      make_tree(arrangement.wrap_leaf(g)), self.state_structure.unflatten(nodes),
+      None if p is None else make_tree(arrangement.wrap_param(p)), **self.extra_args, **leaf_values)
+    new_slots, new_shared = [], []
+    for kind, node in zip(self.slot_kinds, self.state_structure.flatten_up_to(new_state)):
+      new = None
       if kind == "rows":
-        row = turn.bare(self.structure.flatten_up_to(node)[place])
+        new = arrangement.unwrap_leaf(self.params_structure.flatten_up_to(node)[place])
       elif kind == "numbers":
-        row = node.numbers
-      new_rows.append(row)
+        new = node.numbers
+      new_slots.append(new)
       new_shared.append(node if kind == "shared" else None)
-    return turn.bare(self.structure.flatten_up_to(updates)[place]), new_rows, new_shared
+    u = arrangement.unwrap_leaf(self.params_structure.flatten_up_to(updates)[place])
+    return u, new_slots, new_shared
 
-  def _others(self, leaves: dict[int, Any]) -> list[Any]:
-    """For each position of the state what the inner has there in place of the other leaves.
+  def _make_placeholders(self, leaves: dict[int, Any]) -> list[Any]:
+    """Returns, for each slot, what the inner's state holds in the place of all other leaves.
 
-    Masks leave a `MaskedNode` for some leaves that are not there, and nothing for others: what its
-    `init` makes of the same tree its update expects.
+    Masks leave a `MaskedNode` for some absent leaves, and nothing for others. The inner's `update`
+    expects what its `init` returns for the same tree.
     """
-    nothing: list[Any] = [None] * len(self.kinds)
-    if self.ours:
-      return nothing
-    count = self.structure.num_leaves
+    if self.is_leafwise:
+      return [None] * len(self.slot_kinds)
+    count = self.params_structure.num_leaves
     shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) if i in leaves else None
               for i in range(count)]
-    state = jax.eval_shape(self.inner.init, self.structure.unflatten(shapes))
-    return [self.structure.flatten_up_to(node) if kind == "rows" else None
-            for kind, node in zip(self.kinds, self.state.flatten_up_to(state))]
+    state = jax.eval_shape(self.inner.init, self.params_structure.unflatten(shapes))
+    return [self.params_structure.flatten_up_to(node) if kind == "rows" else None
+            for kind, node in zip(self.slot_kinds, self.state_structure.flatten_up_to(state))]
 
-  def _kept(self, kind: _Kind, new: list[Any], old: list[Any], present: Any) -> list[Any]:
-    """New rows of the state; the old ones of leaves without an update."""
-    if any(kind.absent):
-      here = ~np.array(kind.absent)
-      new = _map_rows(lambda a, b: _choose(kind, here, a, b), new, old)
+  def _keep_absent(self, signature: GroupSignature, new: list[Any], old: list[Any], present: Any
+                   ) -> list[Any]:
+    """Returns the new state, with the old state of leaves that have no update."""
+    if any(signature.absent):
+      new = _select_leaves(signature, ~np.array(signature.absent), new, old)
     if present is not None:
-      new = _map_rows(lambda a, b: _choose(kind, present, a, b), new, old)
+      new = _select_leaves(signature, present, new, old)
     return new
 
-  def _contained(self, x: Any, gradient: Any) -> Any:
-    """`x`, and what went in where that is not finite."""
-    dtype = numerics.compute_dtype(x.dtype, gradient.dtype)
-    return jnp.where(jnp.isfinite(gradient), x.astype(dtype), gradient.astype(dtype))
+  def _restore_non_finite(self, u: Any, gradient: Any) -> Any:
+    """Returns `u`, with the gradient itself where that is not finite."""
+    dtype = numerics.compute_dtype(u.dtype, gradient.dtype)
+    return jnp.where(jnp.isfinite(gradient), u.astype(dtype), gradient.astype(dtype))
 
-  def _finished(self, given: Inputs, updates: Sequence[Any]) -> list[Any]:
-    """One update per leaf, or with `add` the new parameter; absent leaves as they came."""
-    made, found = iter(updates), []
-    rounds = any(layer.rounds for layer in self.layers)
-    for i, gradient in enumerate(given.gradients):
+  def _finish_updates(self, inputs: GroupInputs, updates: Sequence[Any]) -> list[Any]:
+    """Returns one update per leaf, or its new parameter; an absent leaf stays absent."""
+    remaining, finished = iter(updates), []
+    is_lossy = any(codec.is_lossy for codec in self.codecs)
+    for i, gradient in enumerate(inputs.gradients):
       if paths.is_absent(gradient):
-        found.append(given.params[i] if self.add and given.params is not None else gradient)
+        finished.append(
+          inputs.params[i] if self.add and inputs.params is not None else gradient)
         continue
-      x, gradient = next(made), jnp.asarray(gradient)
-      param: Any = None if given.params is None else jnp.asarray(given.params[i])
-      if self.contains and param is not None:
-        x = numerics.narrowed(x, param.dtype)
-      elif rounds and codecs.is_floating(gradient):
-        x = numerics.narrowed(x, gradient.dtype) if x.dtype != gradient.dtype else x
-      if given.present is not None:
-        x = jnp.where(given.present[i], x, jnp.zeros_like(x))
+      x, gradient = next(remaining), jnp.asarray(gradient)
+      param: Any = None if inputs.params is None else jnp.asarray(inputs.params[i])
+      if self.guards_non_finite and param is not None:
+        x = numerics.saturate_cast(x, param.dtype)
+      elif is_lossy and codecs.is_floating(gradient):
+        x = numerics.saturate_cast(x, gradient.dtype) if x.dtype != gradient.dtype else x
+      if inputs.present is not None:
+        x = jnp.where(inputs.present[i], x, jnp.zeros_like(x))
       if self.add:
         same = param.dtype == x.dtype
-        wide = param.dtype if same else numerics.compute_dtype(param.dtype, x.dtype)
-        x = (param.astype(wide) + x.astype(wide)).astype(param.dtype)
-      found.append(x)
-    return found
+        dtype = param.dtype if same else numerics.compute_dtype(param.dtype, x.dtype)
+        x = (param.astype(dtype) + x.astype(dtype)).astype(param.dtype)
+      finished.append(x)
+    return finished
 
-  def _bundle(self, unit: Sequence[Inputs], shared: list[Any], done: Any, keys: Keys) -> Made:
-    """The turn of leaves that stand alone, on the user's tree without the others."""
-    def tree(values: Sequence[Any], others: Any = None) -> Any:
-      leaves = list(others or [None] * self.structure.num_leaves)
-      for given, x in zip(unit, values):
-        leaves[given.group.places[0]] = x
-      return self.structure.unflatten(leaves)
+  def _update_unstacked(
+    self, batch: Sequence[GroupInputs], shared: list[Any], token: Any, keys: CodecKeys
+  ) -> GroupResults:
+    """Updates leaves that are not stacked in one call, on the user's tree without other leaves."""
+    def make_tree(values: Sequence[Any], placeholders: Any = None) -> Any:
+      leaves = list(placeholders or [None] * self.params_structure.num_leaves)
+      for inputs, x in zip(batch, values):
+        leaves[inputs.group.places[0]] = x
+      return self.params_structure.unflatten(leaves)
 
-    opened = [
-      _map_rows(lambda f, x, own: codecs.opened(self.layers, f, x, own), given.forms, given.rows,
-                codecs.folded(given.forms, keys))
-      for given in unit]
+    leaf_keys = [codecs.derive_leaf_keys(inputs.encodings, keys) for inputs in batch]
+    decoded = [self._decode(inputs.encodings, inputs.state, own_keys)
+               for inputs, own_keys in zip(batch, leaf_keys)]
+    gradients = self._widen([inputs.gradients[0] for inputs in batch])
+    placeholders = self._make_placeholders(
+      {inputs.group.places[0]: g for inputs, g in zip(batch, gradients)})
     nodes: list[Any] = []
-    others = self._others({given.group.places[0]: x for given, x in zip(
-      unit, self._wide([given.gradients[0] for given in unit]))})
-    for k, kind in enumerate(self.kinds):
-      column = [rows[k] for rows in opened]
+    for k, kind in enumerate(self.slot_kinds):
+      entries = [slots[k] for slots in decoded]
       if kind == "rows":
-        nodes.append(tree(column, others[k]))
+        nodes.append(make_tree(entries, placeholders[k]))
       elif kind == "numbers":
-        names = tuple(given.group.paths[0] for given in unit)
-        nodes.append(LeafNumbers(names_of(names), jnp.concatenate(column)))
+        names = tuple(inputs.group.paths[0] for inputs in batch)
+        nodes.append(LeafNumbers(intern_names(names), jnp.concatenate(entries)))
       else:
         nodes.append(shared[k])
-    g = tree(self._wide([given.gradients[0] for given in unit]))
-    params = None if unit[0].params is None else tree(
-      self._wide([given.params[0] for given in unit if given.params is not None]))
-    updates, new = self.inner.update(g, self.state.unflatten(nodes), params, **self.extra_args)
-    found = self.structure.flatten_up_to(updates)
-    after = self.state.flatten_up_to(new)
-    groups, new_shared = [], [x if k == "shared" else None for k, x in zip(self.kinds, after)]
-    for i, given in enumerate(unit):
-      place, alone = given.group.places[0], _Kind(1, given.group.shape, None, (False,), None)
-      rows = [
-        self.structure.flatten_up_to(x)[place] if k == "rows"
-        else x.numbers[i:i + 1] if k == "numbers" else None for k, x in zip(self.kinds, after)]
-      rows = self._kept(alone, rows, opened[i], given.present)
-      closed = _map_rows(lambda f, x, own: codecs.closed(self.layers, f, x, own), given.forms, rows,
-                         codecs.folded(given.forms, keys))
-      groups.append((self._finished(given, [found[place]]), closed))
-    return Made(groups, new_shared, done)
+    params = None if batch[0].params is None else make_tree(
+      self._widen([inputs.params[0] for inputs in batch if inputs.params is not None]))
+    updates, new_state = self.inner.update(
+      make_tree(gradients), self.state_structure.unflatten(nodes), params, **self.extra_args)
+    leaf_updates = self.params_structure.flatten_up_to(updates)
+    new_nodes = self.state_structure.flatten_up_to(new_state)
+    new_shared = [x if kind == "shared" else None for kind, x in zip(self.slot_kinds, new_nodes)]
+    groups = []
+    for i, inputs in enumerate(batch):
+      place = inputs.group.places[0]
+      signature = GroupSignature(1, inputs.group.shape, None, (False,), None)
+      new = [
+        self.params_structure.flatten_up_to(x)[place] if kind == "rows"
+        else x.numbers[i:i + 1] if kind == "numbers" else None
+        for kind, x in zip(self.slot_kinds, new_nodes)]
+      new = self._keep_absent(signature, new, decoded[i], inputs.present)
+      encoded = self._encode(inputs.encodings, new, leaf_keys[i])
+      groups.append((self._finish_updates(inputs, [leaf_updates[place]]), encoded))
+    return GroupResults(groups, new_shared, token)
 
 
-def _map_rows(function: Any, *columns: Any) -> list[Any]:
-  """`function` of each position, where it holds something of the group.
+def _map_encoded(
+  function: Any, encodings: Sequence[Any], state: Sequence[Any], keys: Sequence[Any]
+) -> list[Any]:
+  """Applies `function(encodings, part, keys)` to each slot that has encodings.
 
-  Keys come as one list for all leaves, in order: those of a position are taken from its front.
+  `keys` is one list for the leaves of all slots, in order.
   """
-  found: list[Any] = []
-  keyed = len(columns) == 3
-  keys = list(columns[2]) if keyed else []
-  for row in zip(*columns[:2]):
-    if row[0] is None and row[1] is None:
-      found.append(None)
-    elif keyed and row[0] is None:
-      found.append(row[1])
-    elif keyed:
-      count = len(jax.tree.leaves(row[0]))
-      found.append(function(*row, keys[:count]))
-      keys = keys[count:]
-    else:
-      found.append(function(*row))
-  return found
+  results: list[Any] = []
+  keys = list(keys)
+  for encoding, x in zip(encodings, state):
+    if encoding is None:
+      results.append(x)
+      continue
+    count = len(jax.tree.leaves(encoding))
+    results.append(function(encoding, x, keys[:count]))
+    keys = keys[count:]
+  return results
 
 
-def _flat_rows(kind: _Kind, rows: list[Any]) -> list[Any]:
-  """Arrays that are like the leaves of a stack, flat; what is kept in 8 bits stays as it is."""
-  def flat(x: Any) -> Any:
-    whole = kind.stacked and len(kind.shape) > 1 and not isinstance(x, codecs.QuantizedLeaf)
-    return x.reshape(kind.count, -1) if whole and x.shape == (kind.count, *kind.shape) else x
+def _select_leaves(
+  signature: GroupSignature, has_update: Any, new: Sequence[Any], old: Sequence[Any]
+) -> list[Any]:
+  """Selects the state of each leaf: `new` if the leaf has an update, else `old`."""
+  def select(a: Any, b: Any) -> Any:
+    flags = jnp.asarray(has_update)
+    if not signature.stacked:
+      return jnp.where(flags[0], a, b)
+    return jnp.where(flags.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-  return jax.tree.map(flat, rows, is_leaf=lambda x: isinstance(x, codecs.QuantizedLeaf))
-
-
-def _with_absent(present: Sequence[Any], absent: Sequence[bool]) -> list[Any]:
-  given = iter(present)
-  return [None if gone else next(given) for gone in absent]
-
-
-def _choose(kind: _Kind, here: Any, new: Any, old: Any) -> Any:
-  """Rows of `new` where a leaf is here, of `old` elsewhere."""
-  def choose(a: Any, b: Any) -> Any:
-    flags = jnp.asarray(here)
-    return jnp.where(flags.reshape(-1, *[1] * (a.ndim - 1)) if kind.stacked else flags[0], a, b)
-
-  return jax.tree.map(choose, new, old)
+  return [None if x is None and y is None else jax.tree.map(select, x, y)
+          for x, y in zip(new, old)]
 
 
-class _Plain:
-  """Leaves in their own shape."""
-
-  def __init__(self, kind: _Kind, traced: bool = True):
-    self.kind, self.traced = kind, traced
-
-  def gather(self, leaves: Sequence[Any]) -> Any:
-    """The leaves of a group as one array, or its only leaf."""
-    return layout.stack(leaves, self.kind.shape) if self.kind.stacked else leaves[0]
-
-  # Of the parameters' stack, under vmap.
-  params_axis: int | None = 0
-
-  def gather_params(self, leaves: Sequence[Any]) -> Any:
-    """The parameters of a group's leaves, likewise."""
-    return self.gather(leaves)
-
-  def param(self, x: Any) -> Any:
-    """A parameter as the inner takes it."""
-    return self.leaf(x)
-
-  def settled(self, g: Any, p: Any) -> Any:
-    """Stacks that are written once, and not computed again by each of their readers."""
-    return jax.lax.optimization_barrier((g, p)) if self.kind.stacked else (g, p)
-
-  def enter(self, x: Any) -> Any:
-    """Rows of a state as the vmapped update takes them."""
-    return x
-
-  def leave(self, x: Any, like: Any) -> Any:
-    """Inverse of `enter`: in the shape of what entered."""
-    del like
-    return x
-
-  def leaf(self, x: Any) -> Any:
-    """A leaf as the inner takes it."""
-    return x
-
-  def bare(self, x: Any) -> Any:
-    """Inverse of `leaf`."""
-    return x
-
-  def rows(self, u: Any) -> list[Any]:
-    """The updates of a group's leaves."""
-    if not self.kind.stacked:
-      return [u]
-    return xla_cpu.unstacked(u, layout.unstack) if self.traced else layout.unstack(u)
-
-
-class _OnCpu(_Plain):
-  """Stacked leaves are flat, all are computed in calls, one group after the other."""
-
-  @property
-  def flat(self) -> bool:
-    """Whether leaves lie flat."""
-    return self.kind.stacked and len(self.kind.shape) > 1
-
-  def gather(self, leaves: Sequence[Any]) -> Any:
-    """As `_Plain`, flat."""
-    if not self.kind.stacked:
-      return leaves[0]
-    dtypes = {jnp.dtype(x.dtype) for x in leaves if not paths.is_absent(x)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else numerics.compute_dtype(*dtypes)
-    rows = [jnp.zeros(self.kind.shape, dtype) if paths.is_absent(x) else x for x in leaves]
-    return xla_cpu.stack_flat(rows, dtype)
-
-  params_axis = None
-
-  def gather_params(self, leaves: Sequence[Any]) -> Any:
-    """The leaves themselves: they are stacked when a part first reads them."""
-    return list(leaves)
-
-  def param(self, x: Any) -> Any:
-    """Parameters that are stacked later."""
-    if not self.kind.stacked:
-      return self.leaf(x[0])
-    return xla_cpu.Late(x, self.kind.shape, self.flat)
-
-  def settled(self, g: Any, p: Any) -> Any:
-    """They are written already."""
-    return g, p
-
-  def enter(self, x: Any) -> Any:
-    """Rows of a state, flat."""
-    count, shape = self.kind.count, self.kind.shape
-    if not self.kind.stacked:
+def _flatten_stacks(signature: GroupSignature, state: list[Any]) -> list[Any]:
+  """Flattens each leaf of the stacks in a state; leaves in 8 bits keep their shape."""
+  def flatten(x: Any) -> Any:
+    if isinstance(x, codecs.QuantizedLeaf) or not signature.stacked or len(signature.shape) <= 1:
       return x
-    return jax.tree.map(
-      lambda y: y.reshape(count, -1) if y.shape[1:] == shape and self.flat else y, x)
+    stack_shape = (signature.count, *signature.shape)
+    return x.reshape(signature.count, -1) if x.shape == stack_shape else x
 
-  def leave(self, x: Any, like: Any) -> Any:
-    """Inverse of `enter`."""
-    return jax.tree.map(lambda y, old: y.reshape(old.shape), x, like)
+  return jax.tree.map(flatten, state, is_leaf=lambda x: isinstance(x, codecs.QuantizedLeaf))
 
-  def leaf(self, x: Any) -> Any:
-    """A leaf that knows how it lies."""
-    return xla_cpu.carried(x, self.kind.shape, self.flat)
 
-  def bare(self, x: Any) -> Any:
-    """Inverse of `leaf`."""
-    return array_of(x)
-
-  def rows(self, u: Any) -> list[Any]:
-    """The updates of a group's leaves, by calls."""
-    if not self.kind.stacked:
-      return [u]
-    return [x.reshape(self.kind.shape) for x in xla_cpu.unstack(u)]
+def _insert_absent(present: Sequence[Any], absent: Sequence[bool]) -> list[Any]:
+  remaining = iter(present)
+  return [None if is_absent else next(remaining) for is_absent in absent]

@@ -1,4 +1,4 @@
-"""How a leaf is cut into blocks that share a scale, in place where it is sharded."""
+"""Splits a leaf into blocks that share a scale, so that a sharded leaf stays in place."""
 
 import math
 from typing import NamedTuple
@@ -6,40 +6,46 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Into how many parts a block is cut at most: as many as divide it.
-_PARTS = (8, 4, 2, 1)
+# A block is split into the largest of these numbers of parts that divides it.
+_PART_COUNTS = (8, 4, 2, 1)
 
 
-def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
-  """Leading axes, number of blocks, ones: blocks span as few trailing axes as hold `block`."""
+def find_scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+  """Returns the shape of the scales: leading axes, number of blocks, axes of size 1.
+
+  Blocks span as few trailing axes as hold `block` numbers.
+  """
   if not shape:
     return ()
   axis = len(shape) - 1
   while axis > 0 and math.prod(shape[axis:]) < block:
     axis -= 1
-  rest = (1,) * (len(shape) - axis - 1)
-  whole = math.prod(shape[axis + 1:])
-  return (*shape[:axis], _block_count(shape[axis], whole, block), *rest)
+  ones = (1,) * (len(shape) - axis - 1)
+  trailing_size = math.prod(shape[axis + 1:])
+  return (*shape[:axis], _count_blocks(shape[axis], trailing_size, block), *ones)
 
 
-def _block_count(side: int, rest: int, block: int) -> int:
-  """How many blocks `side` times `rest` numbers are cut into: of whole rows or at least equal."""
-  size = side * rest
+def _count_blocks(side: int, trailing_size: int, block: int) -> int:
+  """Returns the number of blocks for `side` rows of `trailing_size` numbers.
+
+  Blocks of whole rows are preferred, then blocks of equal length.
+  """
+  size = side * trailing_size
   lengths = [n for n in range(3 * block // 4, 3 * block // 2 + 1) if size % n == 0]
-  rows = [n for n in lengths if n % rest == 0]
+  row_lengths = [n for n in lengths if n % trailing_size == 0]
   if lengths:
-    return size // min(rows or lengths, key=lambda n: abs(n - block))
+    return size // min(row_lengths or lengths, key=lambda n: abs(n - block))
   return max(1, math.ceil(size / block))
 
 
-class Cut(NamedTuple):
-  """How a leaf is cut into blocks.
+class Blocking(NamedTuple):
+  """How a leaf is split into blocks.
 
   Attributes:
-    lead: leading axes, each place of which has its own blocks.
-    blocks: how many at each place.
-    parts: of a block, whose largest magnitudes are found first.
-    shape: leading axes, parts of blocks, and their elements.
+    lead: leading axes; each place of them has its own blocks.
+    blocks: number of blocks at each place.
+    parts: number of parts of a block. The largest magnitude of a block is found from its parts.
+    shape: leading axes, parts of all blocks, elements of a part.
   """
 
   lead: tuple[int, ...]
@@ -48,45 +54,50 @@ class Cut(NamedTuple):
   shape: tuple[int, ...]
 
 
-def cut(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> Cut:
-  # Where trailing ones leave it open which axis counts the blocks, every reading cuts alike.
-  used = [axis for axis, n in enumerate(scales_shape) if n != 1]
-  axis = used[-1] if used else 0
-  lead, count, rest = shape[:axis], math.prod(scales_shape[axis:]), shape[axis + 1:]
+def find_blocking(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> Blocking:
+  """Returns the blocking of a leaf of `shape` whose scales have `scales_shape`."""
+  # Scales may leave open which axis counts the blocks, if trailing axes have size 1. Every reading
+  # gives the same blocks.
+  axes = [axis for axis, n in enumerate(scales_shape) if n != 1]
+  axis = axes[-1] if axes else 0
+  lead, count, trailing = shape[:axis], math.prod(scales_shape[axis:]), shape[axis + 1:]
   if not shape or shape[axis] % count:
     length = math.ceil(math.prod(shape[axis:]) / count)
-    return Cut(lead, count, 1, (*lead, count, length))
-  # Only one axis is cut, so that a sharded leaf stays where it is, and finely, so that the pieces
-  # also fall evenly on devices where blocks would not.
+    return Blocking(lead, count, 1, (*lead, count, length))
+  # Only one axis is split, so that a sharded leaf stays in place. Blocks are split into parts,
+  # because parts may fall evenly on devices where whole blocks do not.
   side = shape[axis] // count
-  parts = next(n for n in _PARTS if side % n == 0)
-  return Cut(lead, count, parts, (*lead, count * parts, side // parts, *rest))
+  parts = next(n for n in _PART_COUNTS if side % n == 0)
+  return Blocking(lead, count, parts, (*lead, count * parts, side // parts, *trailing))
 
 
-def to_blocks(x: jax.Array, cut: Cut) -> jax.Array:
-  """`x` in the shape of its cut, zeros at the end where the last block is not full."""
-  missing = math.prod(cut.shape[len(cut.lead):]) - math.prod(x.shape[len(cut.lead):])
+def to_blocks(x: jax.Array, blocking: Blocking) -> jax.Array:
+  """Reshapes `x` into blocks, with zeros at the end of the last block if it is not full."""
+  lead = blocking.lead
+  missing = math.prod(blocking.shape[len(lead):]) - math.prod(x.shape[len(lead):])
   if missing:
-    x = jnp.pad(x.reshape(*cut.lead, -1), [(0, 0)] * len(cut.lead) + [(0, missing)])
-  return x.reshape(cut.shape)
+    x = jnp.pad(x.reshape(*lead, -1), [(0, 0)] * len(lead) + [(0, missing)])
+  return x.reshape(blocking.shape)
 
 
-def from_blocks(blocks: jax.Array, cut: Cut, shape: tuple[int, ...]) -> jax.Array:
-  """The shape that was cut."""
-  size = math.prod(shape[len(cut.lead):])
-  if math.prod(cut.shape[len(cut.lead):]) > size:
-    blocks = blocks.reshape(*cut.lead, -1)[..., :size]
+def from_blocks(blocks: jax.Array, blocking: Blocking, shape: tuple[int, ...]) -> jax.Array:
+  """Reshapes blocks into a leaf of `shape`: the inverse of `to_blocks`."""
+  lead = blocking.lead
+  size = math.prod(shape[len(lead):])
+  if math.prod(blocking.shape[len(lead):]) > size:
+    blocks = blocks.reshape(*lead, -1)[..., :size]
   return blocks.reshape(shape)
 
 
-def largest(x: jax.Array, cut: Cut) -> jax.Array:
-  """The largest number of each block: `(*lead, count)`."""
-  parts = jnp.max(x, axis=tuple(range(len(cut.lead) + 1, len(cut.shape))))
-  return jnp.max(parts.reshape(*cut.lead, cut.blocks, cut.parts), axis=-1)
+def block_max(x: jax.Array, blocking: Blocking) -> jax.Array:
+  """Returns the largest number of each block: `(*lead, blocks)`."""
+  parts = jnp.max(x, axis=tuple(range(len(blocking.lead) + 1, len(blocking.shape))))
+  return jnp.max(parts.reshape(*blocking.lead, blocking.blocks, blocking.parts), axis=-1)
 
 
-def spread(numbers: jax.Array, cut: Cut) -> jax.Array:
-  """One number a block at each of its parts, with ones for their elements."""
-  parts = jnp.broadcast_to(numbers[..., None], (*numbers.shape, cut.parts))
-  lead = len(cut.lead) + 1
-  return parts.reshape(*cut.shape[:lead], *[1] * (len(cut.shape) - lead))
+def broadcast_to_parts(numbers: jax.Array, blocking: Blocking) -> jax.Array:
+  """Repeats one number per block for each of its parts, with axes of size 1 for the elements."""
+  parts = jnp.broadcast_to(numbers[..., None], (*numbers.shape, blocking.parts))
+  axis_count = len(blocking.lead) + 1
+  ones = [1] * (len(blocking.shape) - axis_count)
+  return parts.reshape(*blocking.shape[:axis_count], *ones)

@@ -1,4 +1,4 @@
-"""State that rests in host memory and visits the device in windows."""
+"""`with_host_offload`: state in host memory, which is copied to the device in windows."""
 
 from typing import Any, NamedTuple
 
@@ -8,10 +8,10 @@ import optax
 
 from hina_optax.base import checks
 from hina_optax.grouped import driver
-from hina_optax.grouped.codecs import Layer
-from hina_optax.memory import _storage
+from hina_optax.grouped.codecs import Codec
+from hina_optax.memory import _arguments
 
-_MIN_BYTES = 1 << 14
+_DEFAULT_MIN_BYTES = 1 << 14
 _MB = 1 << 20
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -20,7 +20,7 @@ class WithHostOffloadState(NamedTuple):
   """State of `with_host_offload`.
 
   Attributes:
-    inner_state: the inner's state, its offloaded leaves in `pinned_host` memory.
+    inner_state: the inner's state, with its offloaded leaves in `pinned_host` memory.
   """
 
   inner_state: Any
@@ -28,58 +28,59 @@ class WithHostOffloadState(NamedTuple):
 
 def with_host_offload(
   inner: optax.GradientTransformation,
-  include: _storage.Include = None,
+  include: _arguments.Include = None,
   min_bytes: int | None = None,
   max_buffer_memory_mb: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the state of any transformation in host memory between steps.
 
-  `init` places the chosen leaves of the inner's state in `pinned_host` memory at once, with their
-  sharding. `update` copies them to the device, calls the inner and sends the new values back, with
+  `init` puts the selected leaves of the inner's state into `pinned_host` memory, with their
+  sharding. `update` copies them to the device, calls the inner and copies the new values back, with
   and without `jit`. Counters and small leaves stay on the device.
 
-  With `max_buffer_memory_mb` the leaves come in windows: groups of leaves whose state takes at most
-  half of it, opened. Each window is brought when the one before has been updated and sent back
-  (`lax.optimization_barrier` makes it wait), so that a window on its way in and one on its way out
-  fit. Gradients wait with the state; updates do not, so that `p + u` needs no memory of its own:
+  With `max_buffer_memory_mb` the leaves are copied in windows. A window is several groups of leaves
+  whose decoded state takes at most half of that memory. A window is copied to the device after the
+  one before has been updated and copied back (`lax.optimization_barrier` makes it wait). So there
+  is room for one window on its way in and one on its way out. Gradients wait with the state.
+  Updates do not wait, so that `p + u` needs no memory of its own:
 
   .. math::
     \text{on the device} \le 2 \max(\text{window}/2,\ \text{state of the largest group})
 
-  The inner must then treat each leaf by itself. What looks across leaves
+  The inner must then treat each leaf by itself. A transformation that looks across leaves
   (`optax.clip_by_global_norm`) is refused by name: put it outside, in a chain before the wrapper.
-  Where a compiler still lets updates pile up, `hina_optax.apply` adds them within the loop.
+  If a compiler still keeps all updates until the end, `hina_optax.apply` adds them within the loop.
 
-  When `jax.jit` donates the state, let it return what it was given in the same order and nothing of
-  a parameter's shape before: `(params, state)` in, `(params, state)` out, both donated, as a Flax
-  `TrainState` does. JAX pairs donated arrays with results by shape alone, in order, and a result on
-  the device that is paired with a leaf in host memory ends the program. For the same reason do not
-  donate the state alone to a bare `jax.jit(tx.update)`: donate the gradients with it.
+  If `jax.jit` donates the state, return the donated trees in the same order, and nothing of a
+  parameter's shape before them: `(params, state)` in, `(params, state)` out, both donated, as a
+  Flax `TrainState` does. JAX pairs donated arrays with results by shape alone, in order. A result
+  on the device that is paired with a leaf in host memory ends the program. For the same reason do
+  not donate the state alone to a bare `jax.jit(tx.update)`: donate the gradients with it.
 
-  Put it outermost: nothing computes with arrays on the host, so what reads the inner's state
-  (`with_state_dtype`, `with_quantized_state`, `optax.MultiSteps`) cannot stand outside.
-  `with_rounded_updates` can.
+  Put it outermost. Nothing computes with arrays on the host, so a transformation that reads the
+  inner's state (`with_state_dtype`, `with_quantized_state`, `optax.MultiSteps`) cannot stand
+  outside. `with_rounded_updates` can.
 
-  Before the first step of a jitted train step commit the parameters to their device
-  (`jax.device_put(params, device)`), or it is compiled twice: beside arrays on the host JAX returns
-  committed ones.
+  Before the first step of a jitted train step, commit the parameters to their device
+  (`jax.device_put(params, device)`). Otherwise the step is compiled twice, since JAX returns
+  committed arrays from a program with arrays on the host.
 
-  It costs two copies of the state a step over the bus, often as long as the step itself. For LoRA
-  the state is small and so is the gain. GPUs cap pinned memory at 64 GB unless
-  `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` says otherwise. Eager `init` makes the state on the device and
-  moves it leaf by leaf; where it does not fit, use `jax.jit(tx.init, out_shardings=...)`.
+  Each step copies the state over the bus twice, which often takes as long as the step itself. For
+  LoRA the state is small and so is the gain. GPUs limit pinned memory to 64 GB unless
+  `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` is set. Eager `init` creates the state on the device and moves
+  it leaf by leaf; if it does not fit there, use `jax.jit(tx.init, out_shardings=...)`.
 
   Args:
     inner: any optax transformation.
     include: which leaves of the state are offloaded: a regular expression searched in the leaf's
       path (such as `"0/mu/dense/kernel"`), a function `(path, leaf) -> bool`, or `None` for all.
-    min_bytes: size in bytes from which a leaf is offloaded; `None` is 16,384.
+    min_bytes: smallest size in bytes of a leaf that is offloaded; `None` is 16,384.
     max_buffer_memory_mb: window in MB (2^20 bytes) of whole leaves, over all devices together;
-      `None` brings all leaves without an order.
+      `None` copies all leaves, in no particular order.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` with a `WithHostOffloadState`: between steps 0 bytes
-    on the device for each offloaded leaf, as many as before on the host.
+    An `optax.GradientTransformationExtraArgs` with a `WithHostOffloadState`: between steps an
+    offloaded leaf takes 0 bytes on the device, and its own bytes on the host.
 
   Raises:
     ValueError: if the backend has no `pinned_host` memory, if the window is smaller than a leaf, if
@@ -104,14 +105,14 @@ def with_host_offload(
     Ren et al., ZeRO-Offload, arXiv 2101.06840 (which also computes on the host; this does not).
     `cpu_offload_states` and `max_buffer_memory_mb` of `HinaAdaptive`.
   """
-  inner = _storage.transformation(inner)
-  included = _storage.path_rule(include)
-  least = _storage.structural_number("min_bytes", min_bytes, _MIN_BYTES, 0)
-  window = _window_bytes(max_buffer_memory_mb)
+  inner = _arguments.check_inner(inner)
+  is_included = _arguments.compile_include(include)
+  threshold = _arguments.check_static_integer("min_bytes", min_bytes, _DEFAULT_MIN_BYTES, 0)
+  window = _check_window_size(max_buffer_memory_mb)
 
-  def chosen(path: str, leaf: Any) -> bool:
-    size = _nbytes(leaf)
-    if not 0 < size >= least or leaf.ndim == 0 or not included(path, leaf):
+  def selects(path: str, leaf: Any) -> bool:
+    size = _count_bytes(leaf)
+    if not 0 < size >= threshold or leaf.ndim == 0 or not is_included(path, leaf):
       return False
     check_window(path, size, window)
     return True
@@ -121,23 +122,23 @@ def with_host_offload(
     _require_pinned_host(leaf)
     return jax.device_put(leaf, _HOST)
 
-  layer = Layer(
-    "host memory", WithHostOffloadState, chosen, encode,
+  codec = Codec(
+    "host memory", WithHostOffloadState, selects, encode,
     lambda stored, like, key: jax.device_put(stored, _DEVICE), lambda stored, like: True,
-    rounds=False)
-  return driver.with_layer(inner, layer, window)
+    is_lossy=False)
+  return driver.with_codec(inner, codec, window)
 
 
-def _window_bytes(megabytes: Any) -> int | None:
+def _check_window_size(megabytes: Any) -> int | None:
   if megabytes is None:
     return None
-  checks.structural("max_buffer_memory_mb", megabytes)
+  checks.static_value("max_buffer_memory_mb", megabytes)
   checks.number("max_buffer_memory_mb", megabytes, open_low=True)
   return int(megabytes * _MB)
 
 
-def _nbytes(leaf: Any) -> int:
-  """Bytes of an array of numbers; 0 for what is none (random keys, Python scalars)."""
+def _count_bytes(leaf: Any) -> int:
+  """Returns the bytes of an array of numbers; 0 for anything else (random keys, scalars)."""
   dtype = getattr(leaf, "dtype", None)
   if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
     return 0

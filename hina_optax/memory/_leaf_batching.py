@@ -1,4 +1,4 @@
-"""Many small leaves as few large arrays."""
+"""`with_leaf_batching`: stacks many small leaves into few large arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import optax
 from hina_optax.base import checks, traits
 from hina_optax.grouped import driver
 from hina_optax.grouped.driver import Stacking
-from hina_optax.memory import _storage
+from hina_optax.memory import _arguments
 
-# 4 MB in fp32: LoRA factors of any usual rank, but not the weights of a large model.
+# 4 MB in fp32: more than LoRA factors of any usual rank have, but less than the weights of a large
+# model.
 MAX_ELEMENTS = 1 << 20
 
 
@@ -23,48 +24,47 @@ def with_leaf_batching(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Stacks leaves of equal shape, dtype and kind, and runs any per-leaf transformation on stacks.
 
-  A tree of 1,500 LoRA factors has some twenty shapes. A transformation that is traced leaf by leaf
-  is compiled 1,500 times; stacked, twenty times, under `jax.vmap`:
+  A tree of 1,500 LoRA factors has some twenty shapes. If a transformation is traced leaf by leaf,
+  its code is compiled 1,500 times. On stacks it is compiled twenty times, under `jax.vmap`:
 
   .. math:: (u_1, \ldots, u_n) = \operatorname{vmap}(f)(\operatorname{stack}(g_1, \ldots, g_n))
 
-  Parameters and updates keep the user's tree. State stays stacked from step to step, in the inner's
-  own structure: where it held a tree like the parameters it holds one mapping of arrays. Keys are
-  the path of a leaf that stands alone, or what the paths of a stack share and its shape, such as
-  `"down/*/lora_a[640x16]"`; regular expressions on paths find both. A stack is `(n, 640, 16)`. The
-  layout is part of the state's structure: whatever is given a state knows it. A tree in which no
-  two leaves are alike is handed on as it is.
+  Parameters and updates keep the user's tree. The state stays stacked from step to step, in the
+  inner's own structure, but each tree like the parameters becomes one mapping of arrays. A key is
+  the path of a leaf that is not stacked, or what the paths of a stack share and its shape, such as
+  `"down/*/lora_a[640x16]"`; regular expressions on paths match both. The array of this stack is
+  `(n, 640, 16)`. The layout is part of the state's structure, so every function that gets the state
+  knows it. A state in which no two leaves are alike is not changed.
 
-  It costs a copy of the stacked parameters and gradients into stacks and of the updates out of
-  them, in memory and in time: on large leaves that is more than it saves, hence `max_elements`.
-  A light inner such as `optax.adamw` compiles faster in it, but its steps take two to three times
-  as long on a CPU.
+  Stacking copies parameters and gradients into stacks, and updates out of them, which takes memory
+  and time. On large leaves that costs more than it saves, hence `max_elements`. A light inner such
+  as `optax.adamw` compiles faster in it, but its steps take two to three times as long on a CPU.
 
-  One stack is updated after the other, so that what is computed on the way is in memory for one
-  stack at a time.
+  One stack is updated after the other, so the temporaries of only one stack are in memory at a
+  time.
 
-  A stack would gather leaves that are sharded over devices, so they stand alone, under their own
-  paths; only leaves that every device holds whole are stacked. `init` sees it on arrays and in
-  explicit sharding mode; where a mesh of several devices is set, nothing is stacked. Inside of
-  `jax.jit` without a mesh nothing shows, and leaves count as whole. A tree with
-  Flax's boxes (`LogicallyPartitioned`) keeps them in the state, and nothing of it is stacked.
+  A stack would gather leaves that are sharded over devices. Such leaves are not stacked and keep
+  their own paths; only leaves that every device holds whole are stacked. `init` knows the sharding
+  of arrays, and in explicit sharding mode. If a mesh of several devices is set, nothing is stacked.
+  Inside of `jax.jit` without a mesh the sharding is unknown, and leaves count as whole. A tree with
+  Flax's boxes (`LogicallyPartitioned`) keeps them in the state, and none of its leaves is stacked.
 
-  A missing gradient (`None`) leaves its row of the state as it was; `params` must then be given. So
-  does a leaf that the extra argument `present`, a tree of boolean scalars, calls absent, without
-  another program for another choice; counters that all leaves share go on.
-  Inside of `jax.vmap` (studies over rates and seeds) it is right, but rows leave a stack by
-  gathers, and each stack is as large as all runs together.
+  A missing gradient (`None`) leaves its row of the state unchanged; `params` must then be given.
+  The same holds for a leaf that is absent according to the extra argument `present`, a tree of
+  boolean scalars; another choice of leaves does not need another program. Counters that all leaves
+  share are incremented. Inside of `jax.vmap` (studies over rates and seeds) the results are
+  correct, but rows leave a stack by gathers, and each stack is as large as all runs together.
 
   Args:
     inner: any optax transformation that treats each leaf by itself, or any part of this library,
-      importance and rank penalty among them. In `hina_adaptive` it switches `leaf_batching` on,
-      which is on by default where it pays. Other storage wrappers around it or in it make one loop
-      over leaves with it.
-    max_elements: elements of a leaf up to which it is stacked, >= 1.
+      importance and rank penalty among them. Around `hina_adaptive` it switches `leaf_batching`
+      on, which is on by default where it pays. Other storage wrappers around it or in it share one
+      loop over leaves with it.
+    max_elements: largest number of elements of a leaf that is stacked, >= 1.
     kind: `f(path, leaf) -> hashable`: only leaves of equal kind are stacked, for an inner that
-      treats leaves by their path. `None`: what the inner computes for a leaf is read from its
-      program, and leaves that it treats differently (`optax.masked`, `optax.partition`) are stacked
-      apart.
+      treats leaves by their path. With `None` the inner's program shows what it computes per leaf,
+      and leaves that it treats differently (`optax.masked`, `optax.partition`) are stacked
+      separately.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with the state of `inner`: as many bytes as before.
@@ -90,13 +90,13 @@ def with_leaf_batching(
   References:
     PyTorch's foreach and apex's multi-tensor optimizers do the same with lists of pointers.
   """
-  checks.structural("max_elements", max_elements)
+  checks.static_value("max_elements", max_elements)
   checks.integer("max_elements", max_elements, 1)
-  checks.rule("kind", kind)
-  inner = _storage.transformation(inner)
-  rebuilt = traits.traits_of(inner).rebuilt
-  if rebuilt is not None and kind is None:
-    return rebuilt(leaf_batching=True, max_batched_elements=int(max_elements))
+  checks.optional_function("kind", kind)
+  inner = _arguments.check_inner(inner)
+  rebuild = traits.get_traits(inner).rebuild
+  if rebuild is not None and kind is None:
+    return rebuild(leaf_batching=True, max_batched_elements=int(max_elements))
   stacking = Stacking(int(max_elements), kind)
   return driver.with_settings(
     inner, lambda settings: dataclasses.replace(settings, stacking=stacking))

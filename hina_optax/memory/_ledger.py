@@ -1,132 +1,144 @@
-"""What each leaf of a state is kept as, and the bytes on the device, while leaves change."""
+"""`Ledger`: counts the bytes of a state on the device while a plan changes how it is stored."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from hina_optax.memory._plan_table import PlanStep, Storage
 
-FORMS = ("as it is", "bfloat16", "8-bit")
-# More does not make the copies faster, less makes many of them.
-_WINDOW = 128 << 20
-_LEAST_HOSTED = 1 << 14
+PRECISIONS = ("as it is", "bfloat16", "8-bit")
+_BF16, _INT8, _HOST = 1, 2, len(PRECISIONS)
+# A larger window does not make the copies faster, a smaller one makes many of them.
+_MAX_WINDOW_BYTES = 128 << 20
+_MIN_OFFLOADED_BYTES = 1 << 14
 # Step and seed of the rounding.
-_WRAPPER = 8
+_WRAPPER_BYTES = 8
 
 
 class StateLeaf(NamedTuple):
   """One leaf of a state that is not stored yet.
 
   Attributes:
-    path: in the state, such as `"0/mu/dense/kernel"`.
-    group: the field that holds it, such as `"mu"`.
+    path: path in the state, such as `"0/mu/dense/kernel"`.
+    field: the field that holds the leaf, such as `"mu"`.
     owner: path of the parameter it belongs to; empty for counters.
-    size: its elements.
-    dtype: as the transformation keeps it for parameters of at least fp32, as in a wrapper.
-    bare: as it keeps it for the parameters themselves.
-    movable: false for counters and for vectors of one number a leaf, which stay as they are.
-    sizes: bytes in each of `FORMS`.
+    size: number of elements.
+    dtype: dtype in a storage wrapper, which widens parameters to at least fp32.
+    unwrapped_dtype: dtype without a storage wrapper.
+    movable: false for counters and for vectors of one number per leaf, which are not changed.
+    sizes: bytes in each of `PRECISIONS`.
   """
 
   path: str
-  group: str
+  field: str
   owner: str
   size: int
   dtype: Any
-  bare: Any
+  unwrapped_dtype: Any
   movable: bool
   sizes: tuple[int, int, int]
 
 
 class Ledger:
-  """The forms of all leaves, with the bytes that follow.
+  """The precision and the place of all leaves, and the bytes that follow from them.
 
   Args:
-    leaves: of the state.
-    least_form: place in `FORMS` from which every leaf starts.
+    leaves: the leaves of the state.
+    initial_precision: index in `PRECISIONS` with which every leaf starts.
     host: whether every leaf starts in host memory.
-    window: bytes of hosted state on the device at once; `None`: chosen.
+    window: bytes of offloaded state on the device at once; `None`: the ledger chooses.
   """
 
   def __init__(
-    self, leaves: list[StateLeaf], least_form: int, host: bool, window: int | None
+    self, leaves: list[StateLeaf], initial_precision: int, host: bool, window: int | None
   ):
     self.leaves, self.window = leaves, window
-    self.forms = [least_form if x.sizes[least_form] < x.sizes[0] else 0 for x in leaves]
-    self.resident = sum(x.sizes[f] for x, f in zip(leaves, self.forms))
-    self.resident += _WRAPPER * len(set(self.forms) - {0})
-    self.counts = [self.forms.count(form) for form in range(len(FORMS))]
+    self.precisions = [
+      initial_precision if x.sizes[initial_precision] < x.sizes[0] else 0 for x in leaves]
+    self.resident_bytes = sum(x.sizes[i] for x, i in zip(leaves, self.precisions))
+    self.resident_bytes += _WRAPPER_BYTES * len(set(self.precisions) - {0})
+    self.counts = [self.precisions.count(i) for i in range(len(PRECISIONS))]
     self.hosted: set[int] = set()
-    self.owners: dict[str, int] = {}
-    self.on_host = self.largest_owner = 0
+    self.owner_bytes: dict[str, int] = {}
+    self.host_bytes = self.largest_owner_bytes = 0
     for i in range(len(leaves)) if host else ():
-      self._host(i)
+      self._offload(i)
 
-  def on_device(self) -> int:
-    """Bytes of resident state, of the smallest window and of the window's new values."""
-    return self.resident + 2 * min(self.on_host, self.window or self.largest_owner)
+  def count_device_bytes(self) -> int:
+    """Returns the bytes of resident state, of the smallest window, and of its new values."""
+    window = self.window or self.largest_owner_bytes
+    return self.resident_bytes + 2 * min(self.host_bytes, window)
 
   def shrink(self, room: int) -> list[PlanStep]:
-    """Changes leaves, the largest first, until `room` bytes are enough."""
+    """Changes leaves, the largest first, until the state fits into `room` bytes."""
     steps: list[PlanStep] = []
     order = sorted(range(len(self.leaves)), key=lambda i: -self.leaves[i].sizes[0])
-    for change in (1, 2, len(FORMS)):
-      if change == len(FORMS) and not self._hosting_helps():
+    for change in (_BF16, _INT8, _HOST):
+      if change == _HOST and not self._offloading_saves_memory():
         break
       for i in order:
-        if self.on_device() <= room:
+        if self.count_device_bytes() <= room:
           return steps
-        steps += self.apply(i, change)
+        steps += self.shrink_leaf(i, change)
     return steps
 
-  def apply(self, i: int, change: int) -> list[PlanStep]:
-    """Changes leaf `i` if that saves anything."""
-    leaf, now = self.leaves[i], self.leaves[i].sizes[self.forms[i]]
-    if change == len(FORMS):
-      return [PlanStep(leaf.group, "host memory", 1, now)] if self._host(i) else []
-    saves = now - leaf.sizes[change]
-    if i in self.hosted or self.forms[i] >= change or saves <= 0:
+  def shrink_leaf(self, i: int, change: int) -> list[PlanStep]:
+    """Changes leaf `i` if that saves anything; returns the step, or no step."""
+    leaf, old = self.leaves[i], self.precisions[i]
+    if change == _HOST:
+      step = PlanStep(leaf.field, "host memory", 1, leaf.sizes[old])
+      return [step] if self._offload(i) else []
+    saves = leaf.sizes[old] - leaf.sizes[change]
+    if i in self.hosted or old >= change or saves <= 0:
       return []
-    # One wrapper more for the first leaf of a form, one less with the last of the form before.
-    old = self.forms[i]
+    # The first leaf of a precision adds its wrapper, the last one of the old precision removes it.
     self.counts[old] -= 1
-    self.resident += _WRAPPER * ((self.counts[change] == 0) - (old > 0 and self.counts[old] == 0))
+    adds_wrapper, removes_wrapper = self.counts[change] == 0, old > 0 and self.counts[old] == 0
+    self.resident_bytes += _WRAPPER_BYTES * (adds_wrapper - removes_wrapper)
     self.counts[change] += 1
-    self.forms[i] = change
-    self.resident -= saves
-    return [PlanStep(leaf.group, FORMS[change], 1, saves)]
+    self.precisions[i] = change
+    self.resident_bytes -= saves
+    return [PlanStep(leaf.field, PRECISIONS[change], 1, saves)]
 
-  def storage(self, rounding: str, room: int | None) -> Storage:
-    """The choice, by path."""
-    spare = _WINDOW if room is None else min(_WINDOW, (room - self.resident) // 2)
+  def make_storage(self, rounding: str, room: int | None) -> Storage:
+    """Returns how each leaf is stored, by path."""
+    spare = _MAX_WINDOW_BYTES
+    if room is not None:
+      spare = min(_MAX_WINDOW_BYTES, (room - self.resident_bytes) // 2)
+    window = self.window or max(self.largest_owner_bytes, spare)
     return Storage(
-      narrow=self._paths(i for i, f in enumerate(self.forms) if f == 1),
-      quantized=self._paths(i for i, f in enumerate(self.forms) if f == 2),
-      hosted=self._paths(self.hosted),
-      window=(self.window or max(self.largest_owner, spare)) if self.hosted else 0,
+      narrow=self._find_paths(i for i, x in enumerate(self.precisions) if x == _BF16),
+      quantized=self._find_paths(i for i, x in enumerate(self.precisions) if x == _INT8),
+      hosted=self._find_paths(self.hosted),
+      window=window if self.hosted else 0,
       rounding=rounding,
     )
 
-  def _host(self, i: int) -> bool:
-    size = self.leaves[i].sizes[self.forms[i]]
-    if i in self.hosted or size < _LEAST_HOSTED or not self.leaves[i].movable:
+  def _can_offload(self, i: int) -> bool:
+    return (
+      self.leaves[i].movable
+      and self.leaves[i].sizes[self.precisions[i]] >= _MIN_OFFLOADED_BYTES)
+
+  def _offload(self, i: int) -> bool:
+    """Moves leaf `i` to the host; returns whether it moved."""
+    if i in self.hosted or not self._can_offload(i):
       return False
+    size, owner = self.leaves[i].sizes[self.precisions[i]], self.leaves[i].owner
     self.hosted.add(i)
-    self.resident -= size
-    self.on_host += size
-    owner = self.leaves[i].owner
-    self.owners[owner] = self.owners.get(owner, 0) + size
-    self.largest_owner = max(self.largest_owner, self.owners[owner])
+    self.resident_bytes -= size
+    self.host_bytes += size
+    self.owner_bytes[owner] = self.owner_bytes.get(owner, 0) + size
+    self.largest_owner_bytes = max(self.largest_owner_bytes, self.owner_bytes[owner])
     return True
 
-  def _hosting_helps(self) -> bool:
-    """Whether all that can go to the host is more than the window through which it visits."""
-    owners: dict[str, int] = {}
+  def _offloading_saves_memory(self) -> bool:
+    """Whether all leaves that can be offloaded take more than their window and its new values."""
+    owner_bytes: dict[str, int] = {}
     for i, leaf in enumerate(self.leaves):
-      size = leaf.sizes[self.forms[i]]
-      if size >= _LEAST_HOSTED and leaf.movable:
-        owners[leaf.owner] = owners.get(leaf.owner, 0) + size
-    window = self.window or max(owners.values(), default=0)
-    return sum(owners.values()) > 2 * window
+      if self._can_offload(i):
+        size = leaf.sizes[self.precisions[i]]
+        owner_bytes[leaf.owner] = owner_bytes.get(leaf.owner, 0) + size
+    window = self.window or max(owner_bytes.values(), default=0)
+    return sum(owner_bytes.values()) > 2 * window
 
-  def _paths(self, places: Iterable[int]) -> frozenset[str]:
-    return frozenset(self.leaves[i].path for i in places)
+  def _find_paths(self, indices: Iterable[int]) -> frozenset[str]:
+    return frozenset(self.leaves[i].path for i in indices)

@@ -1,10 +1,10 @@
-"""`MemoryPlan`: what is kept where and in how many bytes, as data and as a table."""
+"""`MemoryPlan`: how a state is stored and how many bytes that takes, as data and as a table."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 _MB = 1 << 20
-_LITTLE, _MINOR = 0.01, 0.001
+_MIN_USEFUL_SHARE, _MIN_SHOWN_SHARE = 0.01, 0.001
 
 
 class PlanRow(NamedTuple):
@@ -12,10 +12,10 @@ class PlanRow(NamedTuple):
 
   Attributes:
     group: `"parameters"`, `"gradients"`, or a field of the state such as `"mu"`.
-    dtype: of the arrays.
+    dtype: dtype of the arrays.
     place: `"device"` or `"host"`.
-    leaves: how many arrays.
-    bytes: all together.
+    leaves: number of arrays.
+    bytes: bytes of all these arrays.
   """
 
   group: str
@@ -31,8 +31,8 @@ class PlanStep(NamedTuple):
   Attributes:
     group: the field.
     change: `"bfloat16"`, `"8-bit"` or `"host memory"`.
-    leaves: how many arrays change.
-    saves: bytes on the device.
+    leaves: number of arrays that change.
+    saves: bytes that it saves on the device.
   """
 
   group: str
@@ -42,14 +42,14 @@ class PlanStep(NamedTuple):
 
 
 class Storage(NamedTuple):
-  """How each leaf of a state is kept, by its path.
+  """How each leaf of a state is stored, by its path.
 
   Attributes:
     narrow: leaves in bf16.
     quantized: leaves in 8 bits.
     hosted: leaves in host memory.
-    window: bytes of hosted leaves that are on the device at once.
-    rounding: of the leaves in bf16.
+    window: bytes of offloaded leaves that are on the device at once.
+    rounding: how the leaves in bf16 are rounded.
   """
 
   narrow: frozenset[str] = frozenset()
@@ -61,14 +61,14 @@ class Storage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-  """How state is kept, what everything costs, and whether it fits.
+  """How state is stored, how many bytes everything takes, and whether it fits.
 
   Attributes:
     rows: bytes by group, dtype and place.
-    steps: what was done to meet the budget, and what each kind of step saves.
-    budget_bytes: on the device; `None` without a limit.
-    reserve_bytes: of the budget, for something else.
-    storage: how each leaf of the state is kept.
+    steps: the savings that were needed to meet the budget.
+    budget_bytes: budget on the device; `None` without a limit.
+    reserve_bytes: part of the budget that is kept for something else.
+    storage: how each leaf of the state is stored.
     dropped: options that were switched off to save their state.
   """
 
@@ -91,7 +91,7 @@ class MemoryPlan:
 
   @property
   def window_bytes(self) -> int:
-    """Bytes that hosted state takes on the device at most: a window, and its new values."""
+    """Largest number of bytes of offloaded state on the device: a window, and its new values."""
     return 2 * min(self.storage.window, self.host_bytes)
 
   @property
@@ -101,7 +101,7 @@ class MemoryPlan:
 
   @property
   def pressure(self) -> float | None:
-    """Share of the budget that is used, the reserve included; `None` without a budget."""
+    """Share of the budget that is used, the reserve is_included; `None` without a budget."""
     if self.budget_bytes is None:
       return None
     return (self.device_bytes + self.reserve_bytes) / self.budget_bytes
@@ -122,7 +122,7 @@ class MemoryPlan:
     """The plan as numbers, strings, lists and dicts, for JSON."""
     return {
       "rows": [row._asdict() for row in self.rows],
-      "steps": [step._asdict() | {"advice": self._advice(step)} for step in self.steps],
+      "steps": [step._asdict() | {"advice": self._advise_against(step)} for step in self.steps],
       "storage": {
         key: sorted(value) if isinstance(value, frozenset) else value
         for key, value in self.storage._asdict().items()
@@ -136,34 +136,35 @@ class MemoryPlan:
   def __str__(self) -> str:
     """A table for people."""
     lines = [f"{'what':<18}{'dtype':<10}{'place':<8}{'arrays':>8}{'MB':>12}"]
-    lines += [_line(*row) for row in self._shown()]
+    lines += [_format_row(*row) for row in self._select_rows()]
     if self.window_bytes:
       lines.append(f"{'window for the host':<36}{'':>8}{self.window_bytes / _MB:>12,.2f}")
     lines += [
       f"{s.group} to {s.change} saves {s.saves / _MB:,.1f} MB on {s.leaves} arrays"
-      f"{self._remark(s)}" for s in self.steps
+      f"{self._format_advice(s)}" for s in self.steps
     ]
     lines += [f"dropped to save its state: {name}" for name in self.dropped]
-    return "\n".join([*lines, self._verdict()])
+    return "\n".join([*lines, self._format_verdict()])
 
-  def _shown(self) -> list[PlanRow]:
-    """Rows by size, those too small to matter joined."""
-    least = _MINOR * sum(r.bytes for r in self.rows)
-    minor = [r for r in self.rows if r.bytes < least]
-    joined = PlanRow("other", "", "", sum(r.leaves for r in minor), sum(r.bytes for r in minor))
-    return [r for r in self.rows if r.bytes >= least] + ([joined] if minor else [])
+  def _select_rows(self) -> list[PlanRow]:
+    """Returns the rows, with those that are too small to matter merged into one."""
+    min_bytes = _MIN_SHOWN_SHARE * sum(r.bytes for r in self.rows)
+    minor = [r for r in self.rows if r.bytes < min_bytes]
+    merged = PlanRow("other", "", "", sum(r.leaves for r in minor), sum(r.bytes for r in minor))
+    return [r for r in self.rows if r.bytes >= min_bytes] + ([merged] if minor else [])
 
-  def _advice(self, step: PlanStep) -> str | None:
-    """Against a step that saves little of what is on the device."""
-    if step.saves >= _LITTLE * (self.device_bytes + self.reserve_bytes):
+  def _advise_against(self, step: PlanStep) -> str | None:
+    """Advises against a step that saves only a small share of what is on the device."""
+    if step.saves >= _MIN_USEFUL_SHARE * (self.device_bytes + self.reserve_bytes):
       return None
-    return f"saves less than {_LITTLE:.0%} of what is on the device: leave it out if you can"
+    return (
+      f"saves less than {_MIN_USEFUL_SHARE:.0%} of what is on the device: leave it out if you can")
 
-  def _remark(self, step: PlanStep) -> str:
-    advice = self._advice(step)
+  def _format_advice(self, step: PlanStep) -> str:
+    advice = self._advise_against(step)
     return f" ({advice})" if advice else ""
 
-  def _verdict(self) -> str:
+  def _format_verdict(self) -> str:
     used = f"{(self.device_bytes + self.reserve_bytes) / _MB:,.1f} MB on the device"
     if self.reserve_bytes:
       used += f", of them {self.reserve_bytes / _MB:,.1f} MB in reserve"
@@ -181,5 +182,5 @@ class MemoryPlan:
     )
 
 
-def _line(group: str, dtype: str, place: str, leaves: int, size: int) -> str:
+def _format_row(group: str, dtype: str, place: str, leaves: int, size: int) -> str:
   return f"{group:<18}{dtype:<10}{place:<8}{leaves:>8}{size / _MB:>12,.2f}"

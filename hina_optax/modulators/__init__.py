@@ -1,4 +1,4 @@
-"""Wrappers that compare the direction that comes out with the gradient that went in."""
+"""Modulators: wrappers that change the direction of the core, or scale its learning rate."""
 
 from hina_optax.modulators._alignment import *
 from hina_optax.modulators._importance import *

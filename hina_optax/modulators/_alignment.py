@@ -13,7 +13,7 @@ from hina_optax.registry import Figure, Option, Part
 
 __all__ = ["CautiousState", "GramsState", "cautious", "grams"]
 
-_LEAST_SHARE = 1e-3
+_MIN_SHARE = 1e-3
 
 
 class CautiousState(NamedTuple):
@@ -21,7 +21,7 @@ class CautiousState(NamedTuple):
 
   Attributes:
     inner_state: the wrapped transformation's state.
-    alignment: fp32, one number per leaf, found by its path: share of its elements whose direction
+    alignment: fp32, one number per leaf, found by its path: share of the elements whose direction
       agreed with the gradient at the last step. 4 bytes per leaf.
   """
 
@@ -40,15 +40,15 @@ class GramsState(NamedTuple):
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  r"""Keeps of the wrapped direction what agrees in sign with the gradient.
+  r"""Keeps the elements of the wrapped direction that agree in sign with the gradient.
 
   With the gradient `g` that goes in and the direction `u` that comes out, per leaf,
 
   .. math:: u \leftarrow \frac{u\,[u g > 0]}{\max(\operatorname{mean}[u g > 0],\, 10^{-3})}
 
-  On pure noise about 65% of the elements of Adam's direction agree anyway. Whole optimizers such as
-  `optax.adamw` give steps that point downhill, against the gradient: of them the wrong elements
-  would be kept, silently. Wrap the core, and put weight decay and learning rate behind it.
+  On pure noise about 65% of the elements of Adam's direction agree anyway. A whole optimizer such
+  as `optax.adamw` gives steps that point downhill, against the gradient: this wrapper would
+  silently keep the wrong elements. Wrap the core, and put weight decay and learning rate behind it.
 
   Args:
     inner: any optax transformation whose output still points along the gradient (before
@@ -75,22 +75,22 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
   References:
     Liang et al., Cautious optimizers, 2024, arXiv 2411.16085; `use_cautious` of `HinaAdaptive`.
   """
-  def keep(leaf, u, g, old):
+  def mask_direction(leaf, u, g, old):
     del leaf
-    agrees = _same_sign(u, g)
-    share = numerics.fraction(agrees, u.dtype)
-    scale = 1 / jnp.maximum(share, jnp.asarray(_LEAST_SHARE, u.dtype))
+    agrees = _agree_in_sign(u, g)
+    share = numerics.share_of_true(agrees, u.dtype)
+    scale = 1 / jnp.maximum(share, jnp.asarray(_MIN_SHARE, u.dtype))
     return jnp.where(agrees, u * scale, jnp.zeros_like(u)), old._replace(alignment=share)
 
-  return leafwise.part(CautiousState, keep, inner=inner, numbers={"alignment": 0.0})
+  return leafwise.part(CautiousState, mask_direction, inner=inner, numbers={"alignment": 0.0})
 
 
 def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  r"""Takes the size of the wrapped direction and the sign of the gradient.
+  r"""Takes the magnitude of the wrapped direction and the sign of the gradient.
 
   .. math:: u \leftarrow \operatorname{sign}(g)\, |u|
 
-  A cautious mask behind it would be all ones, so the two do not go together.
+  A mask of `cautious` behind it would be all ones, so the two do not go together.
 
   Args:
     inner: any optax transformation whose output still points along the gradient.
@@ -116,19 +116,19 @@ def grams(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     Cao et al., Grams: gradient descent with adaptive momentum scaling, 2024, arXiv 2412.17107;
     `use_grams` of `HinaAdaptive`, which never applied it.
   """
-  def turn(leaf, u, g, old):
+  def replace_sign(leaf, u, g, old):
     del leaf
     return jnp.sign(g) * jnp.abs(u), old
 
-  return leafwise.part(GramsState, turn, inner=inner)
+  return leafwise.part(GramsState, replace_sign, inner=inner)
 
 
-def _same_sign(u: jax.Array, g: jax.Array) -> jax.Array:
-  # Not u * g > 0: the product of two small numbers is 0 in fp32.
+def _agree_in_sign(u: jax.Array, g: jax.Array) -> jax.Array:
+  # `u * g > 0` would be wrong: the product of two small numbers is 0 in fp32.
   return ((u > 0) & (g > 0)) | ((u < 0) & (g < 0))
 
 
-def _check(options):
+def _check_options(options):
   if options.use_grams and options.use_cautious and not options.sd_scripts_compat:
     raise ValueError(
       "use_grams gives every update the sign of its gradient, which leaves use_cautious nothing to "
@@ -145,4 +145,4 @@ registry.register(Part(
   grams, GramsState, "direction", 20,
   (Option("use_grams", False, registry.FLAG, "`grams`, in place of `use_cautious`",
           "accepted, without effect, as in the original"),
-   ), ("use_grams",), lambda options, inner: grams(inner), check=_check))
+   ), ("use_grams",), lambda options, inner: grams(inner), check=_check_options))

@@ -20,15 +20,17 @@ from hina_optax.registry import Figure, Option, Part
 
 __all__ = ["ImportanceState", "importance_rule", "scale_by_importance"]
 
-# The extra argument in which each leaf is handed its factor.
+# The name of the extra argument in which each leaf gets its factor.
 _FACTORS = "importance_factors"
 
+# Weights of the gradient, the change and the intrinsic importance in a contribution.
 _WEIGHTS = 0.4, 0.3, 0.3
-_LEAST_CONTRIBUTION = 0.01
+_MIN_CONTRIBUTION = 0.01
 _FACTOR_BOUNDS = 0.1, 3.0
 _RELATION_WEIGHT = 0.2
-_INTRINSIC = 0.5
-_SPARSE = 1e-6
+_ESTIMATED_INTRINSIC = 0.5
+# Elements below it count as zero.
+_SPARSE_BELOW = 1e-6
 
 
 class ImportanceState(NamedTuple):
@@ -37,9 +39,9 @@ class ImportanceState(NamedTuple):
   Attributes:
     count: int32 scalar, steps seen.
     importance: fp32, one number per leaf, found by its path.
-    initial_norm: likewise: norm of the parameters at the first visit, -1 before it.
-    relation: likewise: compatibility with the related leaf, 0 without one. 12 bytes per leaf in
-      all.
+    initial_norm: like `importance`: norm of the parameters at the first visit, -1 before it.
+    relation: like `importance`: compatibility with the related leaf, 0 without one. All three take
+      12 bytes per leaf.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -67,10 +69,10 @@ def scale_by_importance(
   - `c`: relative change of its parameters' norm since the first visit,
   - `i`: variance of its parameters times the share of them above 1e-6 in size,
 
-  each divided by its mean over the leaves, and importance is the average of that over visits,
-  :math:`I \leftarrow \delta I + (1-\delta) k` from 1. A matrix is related to the most compatible
-  other one (equal sides, correlated first elements), if above the threshold, with compatibility
-  `q`. With :math:`R = I (1 + 0.2\, q)`,
+  each divided by its mean over the leaves. Importance is the average of the contribution over
+  visits, :math:`I \leftarrow \delta I + (1-\delta) k`, from 1. A matrix is related to the most
+  compatible other matrix (equal sides, correlated first elements) if their compatibility `q` is
+  above the threshold. With :math:`R = I (1 + 0.2\, q)`,
 
   .. math::
     f = \operatorname{clip}\left(1 + s\left(\tfrac{R}{\operatorname{mean} R} - 1\right),
@@ -78,7 +80,8 @@ def scale_by_importance(
 
   Means are over the leaves that have an update. The mean factor is 1: learning rate moves between
   leaves, the sum stays. Between visits this costs one multiplication. Importance is a heuristic of
-  the guide: it has no published evidence.
+  the guide (the Traditional Chinese guide to HinaAdaptive that the library implements), without
+  published evidence.
 
   Args:
     inner: any optax transformation whose output still points along the gradient.
@@ -129,36 +132,42 @@ def importance_rule(
   checks.number("strength", strength)
   checks.integer("interval", interval, 1)
   checks.decay("decay", decay)
-  checks.fraction("compatibility_threshold", compatibility_threshold)
+  checks.unit_interval("compatibility_threshold", compatibility_threshold)
   checks.choice("intrinsic_importance", intrinsic_importance, ("full", "estimated"))
 
-  def look(leaves: LeafGroups, state: ImportanceState) -> tuple[list[Any], ImportanceState]:
+  def compute_factors(
+    leaves: LeafGroups, state: ImportanceState
+  ) -> tuple[list[Any], ImportanceState]:
     count = optax.safe_increment(state.count)
-    due = count % jnp.asarray(interval).astype(jnp.int32) == 0
-    new = lax.cond(due, lambda: visit(leaves, state), lambda: state)
-    importance, relation = (_in_groups(leaves, x) for x in (new.importance, new.relation))
-    factors = _factors(importance, relation, strength, leaves.here())
-    return _divided(leaves, factors), new._replace(count=count)
+    is_due = count % jnp.asarray(interval).astype(jnp.int32) == 0
+    new = lax.cond(is_due, lambda: visit(leaves, state), lambda: state)
+    importance, relation = (numbers_by_group(leaves, x) for x in (new.importance, new.relation))
+    factors = _rate_factors(importance, relation, strength, leaves.update_mask())
+    return split_by_group(leaves, factors), new._replace(count=count)
 
   def visit(leaves: LeafGroups, state: ImportanceState) -> ImportanceState:
-    here = leaves.here()
-    first = _in_groups(leaves, state.initial_norm)
-    looked = leaves.each(measure, "gradients", "params")
-    size, norm, intrinsic = (_joined([row[k] for row in looked]) for k in range(3))
-    terms = (size, _change(norm, first), intrinsic)
-    contribution = sum(w * _over_mean(x, here) for w, x in zip(_WEIGHTS, terms))
-    contribution = jnp.maximum(contribution, _LEAST_CONTRIBUTION)
-    old = _in_groups(leaves, state.importance), first, _in_groups(leaves, state.relation)
-    new = [numerics.average(old[0], contribution, decay), jnp.where(first < 0, norm, first),
-           _relate(leaves, [row[3] for row in looked], old[2], here, compatibility_threshold)]
-    if here is not None:
-      new = [jnp.where(here, a, b) for a, b in zip(new, old)]
+    has_update = leaves.update_mask()
+    initial_norm = numbers_by_group(leaves, state.initial_norm)
+    measured = leaves.map_leaves(measure, "gradients", "params")
+    gradient, norm, intrinsic = (concatenate_groups([row[k] for row in measured]) for k in range(3))
+    terms = (gradient, relative_change(norm, initial_norm), intrinsic)
+    contribution = sum(w * _divide_by_mean(x, has_update) for w, x in zip(_WEIGHTS, terms))
+    contribution = jnp.maximum(contribution, _MIN_CONTRIBUTION)
+    old = [numbers_by_group(leaves, state.importance), initial_norm,
+           numbers_by_group(leaves, state.relation)]
+    new = [numerics.update_average(old[0], contribution, decay),
+           jnp.where(initial_norm < 0, norm, initial_norm),
+           _update_relations(
+             leaves, [row[3] for row in measured], old[2], has_update, compatibility_threshold)]
+    if has_update is not None:
+      new = [jnp.where(has_update, a, b) for a, b in zip(new, old)]
     fields = state.importance, state.initial_norm, state.relation
     return ImportanceState(state.count, *(
-      _by_name(leaves, field, x) for field, x in zip(fields, new)))
+      numbers_by_path(leaves, field, x) for field, x in zip(fields, new)))
 
   def measure(group: Group, g: jax.Array, p: jax.Array) -> tuple[Any, ...]:
-    intrinsic = jnp.float32(_INTRINSIC) if intrinsic_importance == "estimated" else _intrinsic(p)
+    intrinsic = (jnp.float32(_ESTIMATED_INTRINSIC) if intrinsic_importance == "estimated"
+                 else _measure_intrinsic(p))
     sample = _relations.first_elements(p) if _is_matrix(group) else None
     return _root_mean_square(g), numerics.norm(p), intrinsic, sample
 
@@ -169,69 +178,72 @@ def importance_rule(
   return RateRule(
     ImportanceState, scale,
     numbers={"importance": 1.0, "initial_norm": -1.0, "relation": 0.0},
-    measure=Measure(_FACTORS, ImportanceState, look), reads_params="scale_by_importance")
+    measure=Measure(_FACTORS, ImportanceState, compute_factors), reads_params="scale_by_importance")
 
 
-def _joined(rows: list[Any]) -> jax.Array:
-  """One number per leaf, group by group."""
-  return jnp.concatenate([x.astype(jnp.float32) for x in rows])
+def concatenate_groups(groups: list[Any]) -> jax.Array:
+  """Joins one vector per group to one vector with a number per leaf, group by group."""
+  return jnp.concatenate([x.astype(jnp.float32) for x in groups])
 
 
-def _order(leaves: LeafGroups, field: LeafNumbers) -> np.ndarray:
+def _field_indices(leaves: LeafGroups, field: LeafNumbers) -> np.ndarray:
+  """For each leaf, group by group, its index in `field`."""
   return np.array([field.names.index[path] for group in leaves.groups for path in group.paths])
 
 
-def _in_groups(leaves: LeafGroups, field: LeafNumbers) -> jax.Array:
-  """The numbers of the leaves, group by group."""
-  order = _order(leaves, field)
-  return field.numbers if (order == np.arange(len(field.names.names))).all() else (
-    field.numbers[order])
+def numbers_by_group(leaves: LeafGroups, field: LeafNumbers) -> jax.Array:
+  """The numbers of a state's field, in the order of the groups."""
+  indices = _field_indices(leaves, field)
+  return field.numbers if (indices == np.arange(len(field.names.names))).all() else (
+    field.numbers[indices])
 
 
-def _by_name(leaves: LeafGroups, field: LeafNumbers, numbers: jax.Array) -> LeafNumbers:
-  """Inverse of `_in_groups`."""
-  order = _order(leaves, field)
-  same = (order == np.arange(len(field.names.names))).all() if len(order) == len(
+def numbers_by_path(leaves: LeafGroups, field: LeafNumbers, numbers: jax.Array) -> LeafNumbers:
+  """Inverse of `numbers_by_group`. Leaves that are in no group keep their numbers of `field`."""
+  indices = _field_indices(leaves, field)
+  is_same_order = (indices == np.arange(len(field.names.names))).all() if len(indices) == len(
     field.names.names) else False
-  return LeafNumbers(field.names, numbers if same else field.numbers.at[order].set(numbers))
+  return LeafNumbers(
+    field.names, numbers if is_same_order else field.numbers.at[indices].set(numbers))
 
 
-def _divided(leaves: LeafGroups, numbers: jax.Array) -> list[Any]:
-  """One array per group, of numbers that come group by group."""
-  found, begin = [], 0
+def split_by_group(leaves: LeafGroups, numbers: jax.Array) -> list[Any]:
+  """Splits numbers in the order of the groups into one array per group."""
+  arrays, begin = [], 0
   for group in leaves.groups:
-    found.append(numbers[begin:begin + len(group.places)])
+    arrays.append(numbers[begin:begin + len(group.places)])
     begin += len(group.places)
-  return found
+  return arrays
 
 
 def _root_mean_square(g: jax.Array) -> jax.Array:
-  # Right where squares underflow, and a number where they overflow.
-  return numerics.squarable(numerics.scaled_norm(g) / max(g.size, 1) ** 0.5)
+  # `scaled_norm` is right where squares underflow, and clipping keeps the result finite where they
+  # overflow.
+  return numerics.clip_to_squarable(numerics.scaled_norm(g) / max(g.size, 1) ** 0.5)
 
 
-def _intrinsic(p: jax.Array) -> jax.Array:
-  """Variance times the share of elements that are not next to 0."""
-  return numerics.variance(p) * (1 - numerics.fraction(jnp.abs(p) < _SPARSE, p.dtype))
+def _measure_intrinsic(p: jax.Array) -> jax.Array:
+  """Variance times the share of elements that are not close to 0."""
+  return numerics.variance(p) * (1 - numerics.share_of_true(jnp.abs(p) < _SPARSE_BELOW, p.dtype))
 
 
-def _change(norm: jax.Array, initial_norm: jax.Array) -> jax.Array:
-  """How far each leaf's norm is from the first, relative to it."""
-  moved = numerics.safe_divide(jnp.abs(norm - initial_norm), initial_norm)
-  return jnp.where(initial_norm < 0, 0, moved)
+def relative_change(norm: jax.Array, initial_norm: jax.Array) -> jax.Array:
+  """The change of each leaf's norm since the first visit, relative to the norm at that visit."""
+  change = numerics.safe_divide(jnp.abs(norm - initial_norm), initial_norm)
+  return jnp.where(initial_norm < 0, 0, change)
 
 
-def _mean(x: jax.Array, here: jax.Array | None) -> jax.Array:
+def _mean(x: jax.Array, has_update: jax.Array | None) -> jax.Array:
   """Mean over the leaves that have an update."""
-  if here is None:
+  if has_update is None:
     return jnp.mean(x)
-  return jnp.sum(jnp.where(here, x, 0)) / jnp.maximum(jnp.sum(here.astype(x.dtype)), 1)
+  return jnp.sum(jnp.where(has_update, x, 0)) / jnp.maximum(jnp.sum(has_update.astype(x.dtype)), 1)
 
 
-def _over_mean(x: jax.Array, here: jax.Array | None) -> jax.Array:
-  """`x` over its mean; all ones where the mean is 0."""
-  x = numerics.finite(x)
-  average = _mean(x, here)
+def _divide_by_mean(x: jax.Array, has_update: jax.Array | None) -> jax.Array:
+  """`x` divided by its mean; all ones where the mean is 0."""
+  x = numerics.zero_non_finite(x)
+  average = _mean(x, has_update)
   return jnp.where(average > 0, x * numerics.reciprocal(average), 1)
 
 
@@ -239,39 +251,39 @@ def _is_matrix(group: Group) -> bool:
   return len(group.shape) == 2 and group.size > 0
 
 
-def _relate(
-  leaves: LeafGroups, samples: list[Any], relation: jax.Array, here: jax.Array | None,
+def _update_relations(
+  leaves: LeafGroups, samples: list[Any], relation: jax.Array, has_update: jax.Array | None,
   threshold: Scalar,
 ) -> jax.Array:
-  """The new relations of the matrices, group by group."""
+  """The new relations of all leaves, group by group. Only those of matrices change."""
   places = leaves.places()
   shapes = [group.shape for group in leaves.groups for _ in group.places]
-  chosen = _relations.candidates(places, shapes)
+  chosen = _relations.find_matrices(places, shapes)
   if len(chosen) < 2:
     return relation
 
-  rows = [i for i, shape in enumerate(shapes) if len(shape) == 2 and 0 not in shape]
+  matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2 and 0 not in shape]
   sample = jnp.concatenate([x for x in samples if x is not None])
-  sample = sample[np.array([rows.index(i) for i in chosen])]
+  sample = sample[np.array([matrices.index(i) for i in chosen])]
   compat = _relations.compatibility([shapes[i] for i in chosen], sample)
   index = np.array(chosen)
-  if here is not None:
-    both = here[index][:, None] & here[index][None, :]
-    compat = jnp.where(both, compat, 0)
-  return relation.at[index].set(_relations.strongest(compat, threshold))
+  if has_update is not None:
+    both_have_update = has_update[index][:, None] & has_update[index][None, :]
+    compat = jnp.where(both_have_update, compat, 0)
+  return relation.at[index].set(_relations.find_strongest(compat, threshold))
 
 
-def _factors(
-  importance: jax.Array, relation: jax.Array, strength: Scalar, here: jax.Array | None
+def _rate_factors(
+  importance: jax.Array, relation: jax.Array, strength: Scalar, has_update: jax.Array | None
 ) -> jax.Array:
-  """The factor of each leaf."""
+  """The factor of each leaf's learning rate, group by group."""
   amount = numerics.scalar(strength, importance.dtype)
-  rank = importance * (1 + _RELATION_WEIGHT * relation)
-  factor = jnp.clip(1 + amount * (rank / _mean(rank, here) - 1), *_FACTOR_BOUNDS)
-  return factor / _mean(factor, here)
+  weighted = importance * (1 + _RELATION_WEIGHT * relation)
+  factor = jnp.clip(1 + amount * (weighted / _mean(weighted, has_update) - 1), *_FACTOR_BOUNDS)
+  return factor / _mean(factor, has_update)
 
 
-def _rule(options):
+def _build_rule(options):
   return importance_rule(
     options.adaptation_strength, interval=options.relationship_discovery_interval,
     decay=options.importance_decay, compatibility_threshold=options.compatibility_threshold,
@@ -284,13 +296,14 @@ registry.register(Part(
            "`scale_by_importance`: moves learning rate between leaves, its mean stays",
            "absolute: most leaves drift towards a sixth of their rate"),
     Option("adaptation_strength", 1.0, registry.NUMBER, "its strength"),
-    Option("relationship_discovery_interval", 100, registry.whole(1), "steps between its visits"),
+    Option("relationship_discovery_interval", 100, registry.whole_number(1),
+           "steps between its visits"),
     Option("importance_decay", 0.95, registry.DECAY, "its average over visits"),
     Option("compatibility_threshold", 0.3, registry.FRACTION,
            "least compatibility of two related matrices", "the first one found"),
     Option("intrinsic_importance", "full", registry.one_of("full", "estimated"),
            "how a matrix is measured; `\"estimated\"` is cheaper",
            "in place of the original's random draw"),
-  ), ("use_dynamic_adaptation",), _rule,
+  ), ("use_dynamic_adaptation",), _build_rule,
   figures={"mean_importance": Figure("importance")}, reads_params=True,
   identity={"strength": 0.0}, examples={"": {"interval": 3, "decay": 0.5}}))

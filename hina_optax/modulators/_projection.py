@@ -22,7 +22,7 @@ class ProjectToInitState(NamedTuple):
     count: int32 scalar, steps seen.
     inner_state: the wrapped transformation's state.
     displacement: like the parameters, fp32: how far each has moved from its start. 4 bytes per
-      parameter; small numbers, which two bytes hold well.
+      parameter. The numbers are small, and two bytes hold them well.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -36,8 +36,8 @@ def project_to_init(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Pulls a leaf back towards its initial value when the gradient asks for it.
 
-  With the parameters `x` before and `y` after the wrapped optimizer's step, and their start
-  :math:`x_0`, per leaf, where :math:`\langle g, x - x_0 \rangle > 0`:
+  Let `x` be the parameters before and `y` those after the wrapped optimizer's step, and
+  :math:`x_0` their initial values. Per leaf, where :math:`\langle g, x - x_0 \rangle > 0`:
 
   .. math::
     r = \operatorname{clip}\left(\frac{\|y-x_0\| - \|x-x_0\|}{\|y-x_0\|}, 0, 1\right), \qquad
@@ -47,8 +47,8 @@ def project_to_init(
   when a pretrained model is fine-tuned. For LoRA factors, whose start is zero or random, a pull to
   the start means little: the paper pulls both factors to zero, which plain weight decay does.
 
-  The start is not stored: the displacement is, and follows what `optax.apply_updates` does to the
-  parameters in their own dtype. So wrap the *whole* optimizer, learning rate included, and let
+  The start is not stored, but the displacement is. It follows what `optax.apply_updates` does to
+  the parameters in their own dtype. So wrap the *whole* optimizer, learning rate included, and let
   nothing behind it change the updates.
 
   Args:
@@ -81,43 +81,48 @@ def project_to_init(
     Tian, Huang, Kira, Rethinking weight decay for robust fine-tuning of foundation models (SPD),
     NeurIPS 2024, arXiv 2411.01713; `use_spd` and `spd_lambda` of `HinaAdaptive`.
   """
-  checks.fraction("strength", strength)
+  checks.unit_interval("strength", strength)
+
   def pull(leaf, u, g, _, old, raw):
-    (step, param), u, start = raw, leaf.reused(u), old.displacement
-    new, amount = start + u, numerics.scalar(strength, u.dtype)
-    # Behind a barrier, so that the sum for the share adds on the way and `new` is not written.
-    share = _selective_share(g, start, start + lax.optimization_barrier(u))
-    u = leaf.reused(u - amount * share * new)
-    return u, old._replace(displacement=start + _applied(u, param, step.dtype))
+    (raw_u, raw_p), u, before = raw, leaf.compute_once(u), old.displacement
+    after, amount = before + u, numerics.scalar(strength, u.dtype)
+    # The barrier makes the sum for the share add `u` again, so that `after` need not be stored.
+    share = _selective_share(g, before, before + lax.optimization_barrier(u))
+    u = leaf.compute_once(u - amount * share * after)
+    return u, old._replace(displacement=before + applied_update(u, raw_p, raw_u.dtype))
 
   return leafwise.part(
     ProjectToInitState, pull, inner=inner, elements={"displacement": 0.0}, raw=True,
     reads_params="project_to_init")
 
 
-def _selective_share(g: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-  before, after = numerics.norm(old), numerics.norm(new)
-  share = jnp.clip(numerics.safe_divide(after - before, after), 0, 1)
-  return jnp.where(numerics.inner_product(g, old) > 0, share, jnp.zeros_like(share))
+def _selective_share(g: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+  """The share `r` of the displacement `after` the step that is taken back."""
+  norm_before, norm_after = numerics.norm(before), numerics.norm(after)
+  share = jnp.clip(numerics.safe_divide(norm_after - norm_before, norm_after), 0, 1)
+  return jnp.where(numerics.inner_product(g, before) > 0, share, jnp.zeros_like(share))
 
 
-def _applied(u: jax.Array, param: jax.Array, step_dtype: Any) -> jax.Array:
-  """What `optax.apply_updates` adds to a parameter, which may round it to bf16 or not move it."""
-  same = param.dtype == step_dtype
-  dtype = step_dtype if same else numerics.compute_dtype(param.dtype, step_dtype)
+def applied_update(u: jax.Array, param: jax.Array, step_dtype: Any) -> jax.Array:
+  """What `optax.apply_updates` really adds to a parameter.
+
+  It may round the parameter to bf16, or not move it at all.
+  """
+  has_same_dtype = param.dtype == step_dtype
+  dtype = step_dtype if has_same_dtype else numerics.compute_dtype(param.dtype, step_dtype)
   new = param.astype(dtype) + u.astype(step_dtype).astype(dtype)
-  moved = _as_stored(new, param.dtype).astype(u.dtype) - param.astype(u.dtype)
-  return jnp.where(jnp.isfinite(moved), moved, jnp.zeros_like(moved))
+  change = _round_trip(new, param.dtype).astype(u.dtype) - param.astype(u.dtype)
+  return jnp.where(jnp.isfinite(change), change, jnp.zeros_like(change))
 
 
-def _as_stored(x: jax.Array, dtype: Any) -> jax.Array:
-  """`x` as it is read after it was stored in `dtype`."""
+def _round_trip(x: jax.Array, dtype: Any) -> jax.Array:
+  """`x`, stored in `dtype` and read again."""
   if jnp.dtype(dtype).itemsize >= 4:
     return x.astype(dtype)
-  # Inside of jit XLA would leave out a cast to fewer bits and back.
-  info, wide = jnp.finfo(dtype), x.astype(jnp.float32)
-  rounded = lax.reduce_precision(wide, info.nexp, info.nmant)
-  return jnp.where(jnp.abs(wide) < float(info.tiny), x.astype(dtype).astype(jnp.float32), rounded)
+  # Inside jit, XLA would remove a cast to fewer bits and back.
+  info, x32 = jnp.finfo(dtype), x.astype(jnp.float32)
+  rounded = lax.reduce_precision(x32, info.nexp, info.nmant)
+  return jnp.where(jnp.abs(x32) < float(info.tiny), x.astype(dtype).astype(jnp.float32), rounded)
 
 
 registry.register(Part(
@@ -127,4 +132,4 @@ registry.register(Part(
            "always pulls"),
     Option("spd_lambda", 0.06, registry.FRACTION, "its strength"),
   ), ("use_spd",), lambda options, inner: project_to_init(inner, options.spd_lambda),
-  given_up=4, reads_params=True, identity={"strength": 0.0}, examples={"": {"strength": 0.5}}))
+  drop_order=4, reads_params=True, identity={"strength": 0.0}, examples={"": {"strength": 0.5}}))

@@ -1,4 +1,4 @@
-"""A learning rate for each element, raised while the sign of its update repeats."""
+"""A learning rate per element, raised while the sign of the element's update repeats."""
 
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ from hina_optax.registry import Figure, Option, Part
 
 __all__ = ["SignAgreementState", "mean_scale", "scale_by_sign_agreement", "sign_agreement_rule"]
 
-# A rate is `anchor + position * bump`. One int16 per element holds the position (13 bits), which
-# anchor it counts from (2 bits) and the last polarity (1 bit).
-_ANCHORS = 3
-_MOST_BUMPS = 4095
+# A rate is `anchor + position * bump`. One int16 per element holds the position (13 bits), the
+# index of the anchor (2 bits) and the last polarity (1 bit).
+_ANCHOR_MASK = 3
+_MAX_BUMPS = 4095
 
 
 class SignAgreementState(NamedTuple):
@@ -50,17 +50,17 @@ def scale_by_sign_agreement(
   .. math::
     r \leftarrow \operatorname{clip}(r \pm b,\, r_{\min},\, r_{\max}), \qquad u \leftarrow r\, u
 
-  plus where the polarity is that of the step before (all false before the first), minus elsewhere;
-  after that `r` stays. It is a bounded random walk: on noise it ends a few bumps from 1 by chance.
-  The state is a count of bumps, exact to fp32 whatever the size of `b`; at most 4,095 bumps away
-  from the start or a bound.
+  with plus where the polarity equals that of the step before (all false before the first step), and
+  minus elsewhere. After `warmup_steps`, `r` stays. It is a bounded random walk: on noise it ends a
+  few bumps from 1 by chance. The state is a count of bumps, exact to fp32 whatever the size of `b`,
+  and at most 4,095 bumps away from the start or a bound.
 
   Args:
     inner: any optax transformation whose output still points along the gradient.
     bump: `b` >= 0, as a share of the common learning rate. 0 is the identity.
     min_scale: :math:`r_{\min}` >= 0, as a multiple of the common learning rate.
-    max_scale: :math:`r_{\max}` >= `min_scale`, likewise. A start of 1 outside of the two is brought
-      in at the first step.
+    max_scale: :math:`r_{\max}` >= `min_scale`, likewise. If the start of 1 lies outside of the two
+      bounds, the first step clips it.
     warmup_steps: steps during which rates move.
 
   Returns:
@@ -96,75 +96,82 @@ def sign_agreement_rule(
   checks.number("bump", bump)
   checks.number("min_scale", min_scale)
   checks.number("max_scale", max_scale)
-  checks.ordered("min_scale", min_scale, "max_scale", max_scale)
+  checks.order("min_scale", min_scale, "max_scale", max_scale)
   checks.integer("warmup_steps", warmup_steps, 0)
 
   def scale(leaf, u, g, old):
     del leaf, g
-    anchors, step, limits = _anchors(bump, min_scale, max_scale, u.dtype)
-    moving = old.count < jnp.asarray(warmup_steps).astype(jnp.int32)
-    bumps = jnp.where(moving, _move(old.bumps, u > 0, anchors, step, limits), old.bumps)
-    return u * _decode(bumps, anchors, step), old._replace(bumps=bumps)
+    anchors, step, limits = make_lattice(bump, min_scale, max_scale, u.dtype)
+    is_warmup = old.count < jnp.asarray(warmup_steps).astype(jnp.int32)
+    bumps = jnp.where(is_warmup, _move_rates(old.bumps, u > 0, anchors, step, limits), old.bumps)
+    return u * decode_rates(bumps, anchors, step), old._replace(bumps=bumps)
 
-  def lattice() -> dict[str, jax.Array]:
+  def make_shared() -> dict[str, jax.Array]:
     return {"lattice": jnp.stack([jnp.asarray(x, jnp.float32)
                                   for x in (bump, min_scale, max_scale)])}
 
   return RateRule(
-    SignAgreementState, scale, elements={"bumps": (0, jnp.int16)}, shared=lattice)
+    SignAgreementState, scale, elements={"bumps": (0, jnp.int16)}, shared=make_shared)
 
 
 def mean_scale(state: SignAgreementState) -> jax.Array:
   """Mean over all elements of the current scale: one pass over the counters."""
-  anchors, step, _ = _anchors(state.lattice[0], state.lattice[1], state.lattice[2], jnp.float32)
+  anchors, step, _ = make_lattice(state.lattice[0], state.lattice[1], state.lattice[2], jnp.float32)
   leaves = [x for x in jax.tree.leaves(state.bumps) if x.size]
-  sums = [numerics.total(_decode(x, anchors, step)) for x in leaves]
+  sums = [numerics.total(decode_rates(x, anchors, step)) for x in leaves]
   return sum(sums, jnp.zeros([])) / max(sum(x.size for x in leaves), 1)
 
 
-def _anchors(bump, min_scale, max_scale, dtype):
+def make_lattice(bump, min_scale, max_scale, dtype):
+  """The anchors (start, lower and upper bound), the step between rates, and the two bounds."""
   low, high, step = (jnp.asarray(x).astype(dtype) for x in (min_scale, max_scale, bump))
   return (jnp.ones([], dtype), low, high), step, (low, high)
 
 
 def _unpack(word: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  wide = word.astype(jnp.int32)
-  return wide >> 3, (wide >> 1) & _ANCHORS, (wide & 1) == 1
+  """Position, index of the anchor, and polarity."""
+  bits = word.astype(jnp.int32)
+  return bits >> 3, (bits >> 1) & _ANCHOR_MASK, (bits & 1) == 1
 
 
-def _value(position: jax.Array, anchor: jax.Array, anchors, step: jax.Array) -> jax.Array:
+def _compute_rate(position: jax.Array, anchor: jax.Array, anchors, step: jax.Array) -> jax.Array:
   start, low, high = anchors
   base = jnp.where(anchor == 0, start, jnp.where(anchor == 1, low, high))
   return base + position.astype(step.dtype) * step
 
 
-def _decode(word: jax.Array, anchors, step: jax.Array) -> jax.Array:
+def decode_rates(word: jax.Array, anchors, step: jax.Array) -> jax.Array:
+  """The rates that packed `bumps` stand for."""
   position, anchor, _ = _unpack(word)
-  return _value(position, anchor, anchors, step)
+  return _compute_rate(position, anchor, anchors, step)
 
 
-def _move(word: jax.Array, positive: jax.Array, anchors, step: jax.Array, limits) -> jax.Array:
-  position, anchor, last = _unpack(word)
-  position = jnp.clip(position + jnp.where(positive == last, 1, -1), -_MOST_BUMPS, _MOST_BUMPS)
-  value = _value(position, anchor, anchors, step)
-  under, over = value < limits[0], value > limits[1]
-  position = jnp.where(under | over, 0, position)
-  anchor = jnp.where(over, 2, jnp.where(under, 1, anchor))
-  return ((position << 3) | (anchor << 1) | positive.astype(jnp.int32)).astype(jnp.int16)
+def _move_rates(
+  word: jax.Array, is_positive: jax.Array, anchors, step: jax.Array, limits
+) -> jax.Array:
+  """The packed `bumps` after one more step of the random walk."""
+  position, anchor, was_positive = _unpack(word)
+  position = jnp.clip(position + jnp.where(
+    is_positive == was_positive, 1, -1), -_MAX_BUMPS, _MAX_BUMPS)
+  rate = _compute_rate(position, anchor, anchors, step)
+  is_below, is_above = rate < limits[0], rate > limits[1]
+  position = jnp.where(is_below | is_above, 0, position)
+  anchor = jnp.where(is_above, 2, jnp.where(is_below, 1, anchor))
+  return ((position << 3) | (anchor << 1) | is_positive.astype(jnp.int32)).astype(jnp.int16)
 
 
-def _rule(options):
+def _build_rule(options):
   units = rate_units.resolve(options)
   return sign_agreement_rule(units.bump, units.min_scale, units.max_scale, options.warmup_steps)
 
 
-def _check(options):
-  o, compared = options, []
+def _check_bounds(options):
+  o, pairs = options, []
   if o.use_lr_mask and not o.sd_scripts_compat and not callable(o.learning_rate):
-    compared = [("learning_rate", "max_lr"), ("min_lr", "learning_rate")]
-  for low, high in (*compared, ("min_lr", "max_lr")):
+    pairs = [("learning_rate", "max_lr"), ("min_lr", "learning_rate")]
+  for low, high in (*pairs, ("min_lr", "max_lr")):
     if getattr(o, low) is not None and getattr(o, high) is not None:
-      checks.ordered(low, getattr(o, low), high, getattr(o, high))
+      checks.order(low, getattr(o, low), high, getattr(o, high))
 
 
 registry.register(Part(
@@ -177,10 +184,10 @@ registry.register(Part(
            "its lower bound; `None`: 0.001 of the reference rate", "`None`: 1e-7"),
     Option("max_lr", None, registry.NUMBER,
            "its upper bound; `None`: 10 times the reference rate", "`None`: 1e-3"),
-    Option("warmup_steps", 500, registry.whole(0), "steps during which it moves"),
+    Option("warmup_steps", 500, registry.whole_number(0), "steps during which it moves"),
     Option("reference_lr", None, registry.POSITIVE,
            "the rate that those are measured against; `None`: `learning_rate`, for a schedule its "
            "largest value over `warmup_steps`"),
-  ), ("use_lr_mask",), _rule, check=_check,
-  figures={"mean_rate_scale": Figure(read=mean_scale)}, given_up=3, identity={"bump": 0.0},
+  ), ("use_lr_mask",), _build_rule, check=_check_bounds,
+  figures={"mean_rate_scale": Figure(read=mean_scale)}, drop_order=3, identity={"bump": 0.0},
   examples={"": {"bump": 0.3, "min_scale": 0.25, "max_scale": 1.7, "warmup_steps": 15}}))

@@ -1,4 +1,4 @@
-"""Gradient in, gradient out: none of these sees a learning rate."""
+"""Regularizers: transformations from gradient to gradient, before any learning rate."""
 
 from hina_optax.regularizers._agr import *
 from hina_optax.regularizers._background import *

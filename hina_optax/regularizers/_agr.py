@@ -13,7 +13,7 @@ __all__ = ["AdaptiveGradientRegularizationState", "adaptive_gradient_regularizat
 
 
 class AdaptiveGradientRegularizationState(NamedTuple):
-  """State of `adaptive_gradient_regularization`: empty, it names the part in a chain's state."""
+  """State of `adaptive_gradient_regularization`: empty. It names the part in a chain's state."""
 
 
 def adaptive_gradient_regularization() -> optax.GradientTransformationExtraArgs:
@@ -47,11 +47,11 @@ def adaptive_gradient_regularization() -> optax.GradientTransformationExtraArgs:
     `HinaAdaptive`.
   """
   def shrink(leaf, g, old):
-    # The formula would keep a scalar parameter from ever moving.
+    # The share would be 1, so the formula would keep a scalar parameter from ever moving.
     if leaf.size == 1:
       return g, old
-    size = jnp.abs(g)
-    return g * (1 - size * numerics.reciprocal(numerics.total(size))), old
+    magnitude = jnp.abs(g)
+    return g * (1 - magnitude * numerics.reciprocal(numerics.total(magnitude))), old
 
   return leafwise.part(AdaptiveGradientRegularizationState, shrink)
 
@@ -62,5 +62,5 @@ registry.register(registry.regularizer(
          "`adaptive_gradient_regularization`: each element loses its share of the gradient",
          "clips each leaf to norm 1"),
   {}, scale_free=True,
-  # A gradient that stands in one element is taken for its whole share: there it stops.
+  # If only one element has a gradient, it loses all of it, so training can stop before a minimum.
   moves_minimum=True))

@@ -15,8 +15,9 @@ from hina_optax.registry import Figure, Option
 
 __all__ = ["AttenuateBackgroundState", "attenuate_background"]
 
-# Of the guide: how far the share of background may go before the fast mode treats it more gently or
-# more firmly, and the factors (background, foreground) for each case.
+# From the guide, the Traditional Chinese guide to HinaAdaptive that the library implements: the
+# shares of background beyond which the fast mode uses other factors, and the factors (background,
+# foreground) for a high, a low and a medium share.
 _MOSTLY_BACKGROUND, _MOSTLY_FOREGROUND = 0.7, 0.2
 _FACTORS = ((0.2, 1.2), (0.5, 1.05), (0.3, 1.1))
 _QUIET_SHARE = 0.3
@@ -28,10 +29,10 @@ class AttenuateBackgroundState(NamedTuple):
 
   Attributes:
     count: int32 scalar, steps seen.
-    background: like the parameters, fp32: average over steps of "was background", from zero. 4
-      bytes per parameter.
+    background: like the parameters, fp32: average over steps of whether the element was
+      background, from zero. 4 bytes per parameter.
     background_share: fp32, one number per leaf, found by its path: average over steps of the mean
-      of `background`. Followed in `fast` mode, 4 bytes per leaf.
+      of `background`. Only the mode `"fast"` updates it. 4 bytes per leaf.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -45,10 +46,10 @@ def attenuate_background(
   *,
   spatial_axes: paths.SpatialAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Damps the gradient of elements that have been among the quiet ones of their leaf.
+  r"""Damps the gradient of elements that have been quiet compared to the rest of their leaf.
 
-  An element is background at a step when its activity `a` is low; `b` in [0, 1] is the average of
-  that over steps, with the start-up bias removed.
+  An element is background at a step if its activity `a` is low. `b` in [0, 1] is the average of
+  this over steps, with the start-up bias removed.
 
   `"simple"`: :math:`a = |g|`, low below `mean(a) - 0.5 std(a)`; `b` decays by 0.95 per step:
 
@@ -62,8 +63,8 @@ def attenuate_background(
   .. math:: g \leftarrow g\,(1 + s\,(b f_b + (1 - b) f_f - 1))
 
   Both compare a leaf with itself, so the effect does not depend on the scale of the gradient. The
-  quantile is found by counting; nothing is sorted. Adam-like cores divide a constant factor out
-  again: what remains is the change of `b` over steps and what it does to momentum.
+  quantile is found by counting; nothing is sorted. An Adam-like core divides a constant factor out
+  again. What remains is the effect of the change of `b` over steps, and its effect on momentum.
 
   Args:
     strength: `s` in [0, 1], dimensionless; 1 is the guide's, 0 is the identity.
@@ -92,24 +93,25 @@ def attenuate_background(
     `background_regularization` and `background_regularization_mode` of `HinaAdaptive` (sd-scripts
     fork), with unbiased averages.
   """
-  checks.fraction("strength", strength)
+  checks.unit_interval("strength", strength)
   checks.choice("mode", mode, ("simple", "fast"))
-  checks.rule("spatial_axes", spatial_axes)
+  checks.optional_function("spatial_axes", spatial_axes)
   decay = 0.95 if mode == "simple" else 0.9
 
   def damp(leaf, g, old):
     if not leaf.axes or not leaf.size:
       return g, old
     quiet = _is_quiet(leaf, jnp.abs(g), mode)
-    background = numerics.average(old.background, quiet.astype(g.dtype), decay)
+    background = numerics.update_average(old.background, quiet.astype(g.dtype), decay)
     old = old._replace(background=background)
-    level = background / numerics.debias(decay, old.count, g.dtype)
+    level = background / numerics.bias_correction(decay, old.count, g.dtype)
     weight = numerics.scalar(strength, g.dtype)
     if mode == "simple":
       return g * (1 - weight * (0.5 * level)), old
-    share = numerics.average(old.background_share, numerics.mean(level), _SHARE_DECAY)
-    behind, front = _fast_factors(share / numerics.debias(_SHARE_DECAY, old.count, g.dtype))
-    factor = level * behind + (1 - level) * front
+    share = numerics.update_average(old.background_share, numerics.mean(level), _SHARE_DECAY)
+    background_factor, foreground_factor = _fast_factors(
+      share / numerics.bias_correction(_SHARE_DECAY, old.count, g.dtype))
+    factor = level * background_factor + (1 - level) * foreground_factor
     return g * (1 + weight * (factor - 1)), old._replace(background_share=share)
 
   return leafwise.part(
@@ -125,16 +127,17 @@ def _is_quiet(leaf: Leaf, a: jax.Array, mode: str) -> jax.Array:
 
 
 def _fast_factors(share: jax.Array) -> tuple[jax.Array, jax.Array]:
-  def pick(which: int) -> jax.Array:
-    often, seldom, between = (jnp.asarray(pair[which], share.dtype) for pair in _FACTORS)
+  """The factors of background and foreground for a share of background."""
+  def select(i: int) -> jax.Array:
+    high, low, medium = (jnp.asarray(pair[i], share.dtype) for pair in _FACTORS)
     return jnp.where(
-      share > _MOSTLY_BACKGROUND, often, jnp.where(share < _MOSTLY_FOREGROUND, seldom, between)
+      share > _MOSTLY_BACKGROUND, high, jnp.where(share < _MOSTLY_FOREGROUND, low, medium)
     )
 
-  return pick(0), pick(1)
+  return select(0), select(1)
 
 
-def _share(state: AttenuateBackgroundState) -> jax.Array:
+def _measure_share(state: AttenuateBackgroundState) -> jax.Array:
   """Share of the elements that count as background."""
   leaves = [x for x in jax.tree.leaves(state.background) if x.size]
   sums = [jnp.sum(x.astype(jnp.float32)) for x in leaves]
@@ -148,6 +151,6 @@ registry.register(registry.regularizer(
   {"mode": Option("background_regularization_mode", "simple",
                   registry.one_of("simple", "fast"), "`mode` of `attenuate_background`"),
    "spatial_axes": "spatial_axes"},
-  figures={"background_share": Figure(read=_share)}, given_up=1, scale_free=True,
+  figures={"background_share": Figure(read=_measure_share)}, drop_order=1, scale_free=True,
   identity={"strength": 0.0},
   examples={"": {"strength": 0.8}, "fast": {"strength": 0.8, "mode": "fast"}}))

@@ -22,8 +22,8 @@ class PreserveDetailState(NamedTuple):
   Attributes:
     count: int32 scalar, steps seen.
     local_variance: like the parameters, fp32: average over steps of the local variance, as a
-      multiple of its mean on the leaf. It starts from zero and is to be divided by
-      `1 - decay**count`. 4 bytes per parameter.
+      multiple of its mean over the leaf. It starts from zero; divide it by `1 - decay**count` to
+      correct for that. 4 bytes per parameter.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -39,7 +39,7 @@ def preserve_detail(
   r"""Damps the gradient where its local variance is high, keeping a share of the detail.
 
   The local variance `V` of an element is the mean over its neighbours along the spatial axes of the
-  squared difference to them; `R` is `V` over its mean on the leaf, averaged over steps with the
+  squared difference to them; `R` is `V` over its mean over the leaf, averaged over steps with the
   start-up bias removed. Then, with :math:`p` = `detail_preservation`,
 
   .. math:: g \leftarrow g \left(p + \frac{1 - p}{1 + R}\right)
@@ -51,7 +51,7 @@ def preserve_detail(
 
   Args:
     detail_preservation: `p` in [0, 1], the smallest factor.
-    decay: of the average over steps, in [0, 1).
+    decay: the decay of the average over steps, in [0, 1).
     spatial_axes: `f(path, leaf) -> axes`; leaves with `()` pass through. `None` is
       `flax_spatial_axes`.
 
@@ -72,18 +72,18 @@ def preserve_detail(
     [1.0, 1.0, 0.667, 3.333]
 
   References:
-    `spatial_awareness` and `detail_preservation` of `HinaAdaptive` (sd-scripts fork), turned the
-    right way round.
+    `spatial_awareness` and `detail_preservation` of `HinaAdaptive` (sd-scripts fork), where more
+    preservation means less detail.
   """
-  checks.fraction("detail_preservation", detail_preservation)
+  checks.unit_interval("detail_preservation", detail_preservation)
   checks.decay("decay", decay)
-  checks.rule("spatial_axes", spatial_axes)
+  checks.optional_function("spatial_axes", spatial_axes)
 
   def damp(leaf, g, old):
     if not leaf.axes or not leaf.size:
       return g, old
-    variance = numerics.average(old.local_variance, _relative_variance(leaf, g), decay)
-    smoothed = variance / numerics.debias(decay, old.count, g.dtype)
+    variance = numerics.update_average(old.local_variance, _relative_variance(leaf, g), decay)
+    smoothed = variance / numerics.bias_correction(decay, old.count, g.dtype)
     share = numerics.scalar(detail_preservation, g.dtype)
     return g * (share + (1 - share) / (1 + smoothed)), old._replace(local_variance=variance)
 
@@ -94,7 +94,8 @@ def preserve_detail(
 def _relative_variance(leaf: Leaf, g: jax.Array) -> jax.Array:
   variance = leaf.squared_differences(g)
   scale = numerics.reciprocal(numerics.mean(variance))
-  # Squares that overflow count as flat: infinity times 0 would be NaN.
+  # If a square overflows, the scale is 0 and infinity times 0 would be NaN. Such a leaf counts as
+  # flat.
   return jnp.where(scale > 0, variance * scale, 0)
 
 
@@ -104,5 +105,5 @@ registry.register(registry.regularizer(
      "detail_preservation", 0.8, registry.FRACTION,
      "least factor that varied places keep; 1 is the identity", "more of it damps more"),
    "spatial_axes": "spatial_axes"},
-  given_up=2, scale_free=True, identity={"detail_preservation": 1.0},
+  drop_order=2, scale_free=True, identity={"detail_preservation": 1.0},
   examples={"": {"detail_preservation": 0.3}}))

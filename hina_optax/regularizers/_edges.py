@@ -40,7 +40,7 @@ def suppress_edges(
 
   The sign of the gradient never changes and its size never grows. Edge strength is relative, so
   the effect does not depend on the scale of the gradient. On the rows and columns of a dense weight
-  an edge has no meaning beyond this formula: they have no true neighbours, latents do.
+  an edge has no meaning beyond this formula, because they have no true neighbours. Latents do.
 
   Args:
     strength: `s` >= 0, dimensionless. At the strongest edge the gradient is divided by `1 + s`.
@@ -71,26 +71,27 @@ def suppress_edges(
     with the threshold made relative.
   """
   checks.number("strength", strength)
-  checks.fraction("threshold", threshold)
-  checks.rule("spatial_axes", spatial_axes)
+  checks.unit_interval("threshold", threshold)
+  checks.optional_function("spatial_axes", spatial_axes)
 
   def damp(leaf, g, old):
     if not leaf.axes or not leaf.size:
       return g, old
-    edges = leaf.reused(jnp.abs(leaf.laplacian(g)))
+    edges = leaf.compute_once(jnp.abs(leaf.laplacian(g)))
     strongest = jnp.max(edges)
-    fires = edges > numerics.scalar(threshold, g.dtype) * strongest
+    is_edge = edges > numerics.scalar(threshold, g.dtype) * strongest
     amount = numerics.scalar(strength, g.dtype) * numerics.reciprocal(strongest)
-    factor = 1 + amount * jnp.where(fires, edges, 0)
-    return g / factor, old._replace(edge_share=numerics.fraction(fires))
+    factor = 1 + amount * jnp.where(is_edge, edges, 0)
+    return g / factor, old._replace(edge_share=numerics.share_of_true(is_edge))
 
   return leafwise.part(
     SuppressEdgesState, damp, axes=spatial_axes,
     numbers={"edge_share": lambda leaf: 0.0 if leaf.axes else -1.0})
 
 
-def _check(options):
-  """The original's threshold is in units of the gradient."""
+def _check_threshold(options):
+  # In the original, the PyTorch class `HinaAdaptive` in a fork of kohya's sd-scripts, the threshold
+  # is in units of the gradient and may exceed 1.
   if not options.sd_scripts_compat:
     registry.FRACTION.check("edge_threshold", options.edge_threshold)
 
@@ -104,5 +105,5 @@ registry.register(registry.regularizer(
                        "share of each leaf's strongest edge, in [0, 1]",
                        "in units of the gradient, >= 0"),
    "spatial_axes": "spatial_axes"},
-  check=_check, figures={"edge_share": Figure("edge_share")}, scale_free=True,
+  check=_check_threshold, figures={"edge_share": Figure("edge_share")}, scale_free=True,
   identity={"strength": 0.0}, examples={"": {"strength": 0.5, "threshold": 0.3}}))

@@ -1,4 +1,4 @@
-"""High-frequency suppression: subtract from the gradient what its neighbours do not share."""
+"""High-frequency suppression: subtract a share of the difference to the neighbours' mean."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ __all__ = ["SuppressHighFrequencyState", "suppress_high_frequency"]
 
 
 class SuppressHighFrequencyState(NamedTuple):
-  """State of `suppress_high_frequency`: empty, it names the part in a chain's state."""
+  """State of `suppress_high_frequency`: empty. It names the part in a chain's state."""
 
 
 def suppress_high_frequency(
@@ -30,8 +30,8 @@ def suppress_high_frequency(
 
   The map is linear and keeps the mean of every line of the leaf; for `s <= 1` it is a contraction
   (its eigenvalues lie in `[1 - 2s, 1]`). "Frequency" here is the finite-difference sense along an
-  axis of the array. On the rows and columns of a dense weight it has no image meaning: they have no
-  true neighbours, latents do.
+  axis of the array. On the rows and columns of a dense weight it has no image meaning, because they
+  have no true neighbours. Latents do.
 
   Args:
     strength: `s` >= 0, dimensionless. 0 is the identity; more than 1 amplifies the highest
@@ -61,7 +61,7 @@ def suppress_high_frequency(
     arXiv 1806.06317) takes implicitly.
   """
   checks.number("strength", strength)
-  checks.rule("spatial_axes", spatial_axes)
+  checks.optional_function("spatial_axes", spatial_axes)
 
   def smooth(leaf, g, old):
     if not leaf.axes or not leaf.size:
@@ -72,7 +72,7 @@ def suppress_high_frequency(
   return leafwise.part(SuppressHighFrequencyState, smooth, axes=spatial_axes)
 
 
-# Both parts of the option act where it is on.
+# `suppress_high_frequency` and `preserve_detail` share this option.
 SPATIAL_AWARENESS = Option(
   "spatial_awareness", False, registry.FLAG,
   "`suppress_high_frequency` and `preserve_detail`: smooth the gradient, keep its detail",
@@ -83,4 +83,4 @@ registry.register(registry.regularizer(
   {"strength": Option("frequency_penalty", 0.05, registry.NUMBER,
                       "share of the high-pass part that is subtracted"),
    "spatial_axes": "spatial_axes"},
-  given_up=2, scale_free=True, identity={"strength": 0.0}, examples={"": {"strength": 0.7}}))
+  drop_order=2, scale_free=True, identity={"strength": 0.0}, examples={"": {"strength": 0.7}}))

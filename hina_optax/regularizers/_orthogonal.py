@@ -14,15 +14,16 @@ from hina_optax.registry import Option
 __all__ = ["OrthogonalizeToParamsState", "orthogonalize_to_params"]
 
 _TINY = 1e-30
-# Norms of gradients of which fp32 holds the squares of all elements that count.
-_LEAST, _MOST = 1e-15, 1e18
+# Norms of gradients between which fp32 holds the squares of all elements that matter.
+_MIN_NORM, _MAX_NORM = 1e-15, 1e18
+# Relative norm of the orthogonal part below which it is rounding noise.
 _NOISE = 1e-6
-# Share of the square of a norm that a difference of squares keeps to within rounding.
-_MUCH = 0.25
+# Relative size above which a difference of squared norms loses no digits that matter.
+_ACCURATE_ABOVE = 0.25
 
 
 class OrthogonalizeToParamsState(NamedTuple):
-  """State of `orthogonalize_to_params`: empty, it names the part in a chain's state."""
+  """State of `orthogonalize_to_params`: empty. It names the part in a chain's state."""
 
 
 def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -32,10 +33,10 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
     o = g - \frac{\langle w, g \rangle}{\langle w, w \rangle + 10^{-30}}\, w, \qquad
     g \leftarrow o\, \frac{\|g\|}{\|o\| + 10^{-30}}
 
-  per leaf. A leaf whose parameters or gradient are zero passes through, also a gradient of a norm
-  below 1e-15 or above 1e18, whose squares fp32 does not hold. Of a gradient parallel to
-  the parameters (always so with one element) nothing is left but rounding noise, which the formula
-  would scale up to the old norm: below 1e-6 of the gradient the result is 0.
+  per leaf. A leaf whose parameters or gradient are zero passes through. So does a gradient whose
+  norm is below 1e-15 or above 1e18, because fp32 does not hold its squares. If the gradient is
+  parallel to the parameters (always so with one element), only rounding noise is left, which the
+  formula would scale up to the old norm: below 1e-6 of the gradient the result is 0.
 
   Args:
     include_vectors: whether leaves of fewer than two axes (biases, norms) are projected too; the
@@ -64,26 +65,29 @@ def orthogonalize_to_params(include_vectors: bool = False) -> optax.GradientTran
   checks.choice("include_vectors", include_vectors, (False, True))
 
   def project(leaf, g, w, old):
-    return (_orthogonal(leaf, g, w) if include_vectors or len(leaf.shape) >= 2 else g), old
+    return (_project_leaf(leaf, g, w) if include_vectors or len(leaf.shape) >= 2 else g), old
 
   return leafwise.part(
     OrthogonalizeToParamsState, project, reads_params="orthogonalize_to_params")
 
 
-def _orthogonal(leaf: Leaf, g: jax.Array, w: jax.Array) -> jax.Array:
-  product, square = numerics.inner_product(w, g), numerics.inner_product(w, w)
-  along = numerics.safe_divide(product, square + _TINY)
-  total = numerics.inner_product(g, g)
-  # A difference, unless that would lose digits.
-  rest = total - along * product
-  rest = leaf.seldom(rest > _MUCH * total, rest, _square_of_rest, g, w, along)
-  size, left = jnp.sqrt(total), jnp.sqrt(rest)
-  scale = jnp.where(left > _NOISE * size, numerics.safe_divide(size, left + _TINY), 0)
-  usable = (size > _LEAST) & (size < _MOST) & (jnp.sqrt(square) > _TINY)
+def _project_leaf(leaf: Leaf, g: jax.Array, w: jax.Array) -> jax.Array:
+  product, square_w = numerics.inner_product(w, g), numerics.inner_product(w, w)
+  along = numerics.safe_divide(product, square_w + _TINY)
+  square_g = numerics.inner_product(g, g)
+  # The square of the orthogonal part is a difference of numbers that are known already. It is
+  # summed over the leaf only if the difference loses digits.
+  square_o = square_g - along * product
+  square_o = leaf.recompute_unless(
+    square_o > _ACCURATE_ABOVE * square_g, square_o, _square_of_rest, g, w, along)
+  norm_g, norm_o = jnp.sqrt(square_g), jnp.sqrt(square_o)
+  scale = jnp.where(norm_o > _NOISE * norm_g, numerics.safe_divide(norm_g, norm_o + _TINY), 0)
+  usable = (norm_g > _MIN_NORM) & (norm_g < _MAX_NORM) & (jnp.sqrt(square_w) > _TINY)
   return jnp.where(usable, (g - along * w) * scale, g)
 
 
 def _square_of_rest(g: jax.Array, w: jax.Array, along: jax.Array) -> jax.Array:
+  """Squared norm of the part of `g` that is orthogonal to `w`."""
   rest = g - along * w
   return numerics.inner_product(rest, rest)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -22,12 +21,12 @@ from hina_optax.regularizers import _spectra
 
 __all__ = ["AddRankPenaltyState", "add_rank_penalty"]
 
-# The extra argument in which each factor is handed what turns it into its gradient.
+# The extra argument in which each factor gets the matrix that turns it into its gradient.
 _KERNELS = "rank_penalty_kernels"
 
 
 class AddRankPenaltyState(NamedTuple):
-  """State of `add_rank_penalty`: empty, it names the part in a chain's state."""
+  """State of `add_rank_penalty`: empty. It names the part in a chain's state."""
 
 
 def add_rank_penalty(
@@ -45,17 +44,17 @@ def add_rank_penalty(
     g \leftarrow g + s\, \nabla \sum_i w_i \sigma_i(BA), \qquad
     w_i = \left(\frac{(1 + 10^{-3})\,\sigma_1}{\sigma_i + 10^{-3} \sigma_1}\right)^{\epsilon - 1}
 
-  with the weights held constant, :math:`\epsilon` = `emphasis`. An emphasis of 1 is the plain
-  nuclear norm; more weighs small singular values higher, so that they reach zero first. The
-  gradient is 0 where `B = 0` (the start of a LoRA) and leaves out singular values below 1e-3 of the
-  largest, which fp32 does not resolve. Only rank x rank matrices are decomposed, all pairs of one
-  rank together, and nothing is differentiated through a decomposition.
+  with the weights held constant and :math:`\epsilon` = `emphasis`. An emphasis of 1 is the plain
+  nuclear norm. A larger one gives small singular values more weight, so that they reach zero first.
+  The gradient is 0 where `B = 0` (the start of a LoRA) and leaves out singular values below 1e-3 of
+  the largest, which fp32 does not resolve. Only rank x rank matrices are decomposed, all pairs of
+  one rank together, and nothing is differentiated through a decomposition.
 
   Pairs are leaves whose paths differ in one word: `lora_a`/`lora_b`, `lora_down`/`lora_up`,
   `lora_A`/`lora_B`. Flax's `(..., in, rank)`, `(..., rank, out)` and PyTorch's `(rank, in, ...)`,
   `(out, rank, ...)` are told apart by their shapes; windows of convolutions count as inputs and
-  outputs; equal leading axes are layers stacked by a scan. A pair of which one factor is masked
-  away is left alone.
+  outputs; equal leading axes are layers stacked by a scan. If one factor of a pair is masked away,
+  the other passes through.
 
   Args:
     strength: `s` >= 0, in units of the loss per unit of nuclear norm: the term added to the loss is
@@ -97,28 +96,28 @@ def add_rank_penalty(
 
   def penalize(leaf, g, p, old, kernel):
     if kernel is not None:
-      term = leaf.ravel(_pair_term(leaf.unravel(p), kernel))
+      term = leaf.ravel(_penalty_gradient(leaf.unravel(p), kernel))
     elif unpaired == "nuclear" and len(leaf.shape) == 2 and leaf.size:
       term = leaf.ravel(_spectra.polar_factors(leaf.unravel(p)))
     else:
       return g, old
-    return g + numerics.scalar(strength, g.dtype) * numerics.finite(term), old
+    return g + numerics.scalar(strength, g.dtype) * numerics.zero_non_finite(term), old
 
   return leafwise.part(
     AddRankPenaltyState, penalize, reads_params="add_rank_penalty",
     measure=Measure(
-      _KERNELS, None, functools.partial(_look, pattern=pattern, emphasis=emphasis),
-      functools.partial(_roles, pattern=pattern)))
+      _KERNELS, None, functools.partial(_compute_kernels, pattern=pattern, emphasis=emphasis),
+      functools.partial(_find_roles, pattern=pattern)))
 
 
 class _Role(NamedTuple):
-  """What a factor is in its pair.
+  """The role of a factor in its pair.
 
   Attributes:
     side: 0 for `down`, 1 for `up`.
-    axes: how it is stored.
-    batch: what pairs that are solved together have in common: rank, layers, dtype, and whether they
-      have elements.
+    axes: how the factor is stored.
+    batch: what pairs that are solved together have in common: rank, number of layers, dtype, and
+      whether they have elements.
   """
 
   side: int
@@ -130,92 +129,94 @@ class _Role(NamedTuple):
   jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("axes",))
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-  """What turns a factor into its gradient: `(layers, rank, rank)`, in a stack `(leaves, ...)`."""
+  """The matrices that turn a factor into its gradient.
+
+  Attributes:
+    value: `(layers, rank, rank)`; in a stack, `(leaves, layers, rank, rank)`.
+    axes: how the factor is stored.
+  """
 
   value: jax.Array
   axes: FactorAxes
 
 
-def _pair_term(p: jax.Array, kernel: _Kernel) -> jax.Array:
+def _penalty_gradient(p: jax.Array, kernel: _Kernel) -> jax.Array:
   """The gradient of the weighted nuclear norm for one factor."""
   matrix = lora.to_matrix(p, kernel.axes)
   return lora.from_matrix(_spectra.product(kernel.value, matrix), kernel.axes, p)
 
 
-def _factors(
-  places: Sequence[paths.Leaf], leaves: Sequence[Any], pattern: Any, whole: bool
+def _find_factors(
+  places: Sequence[paths.Place], leaves: Sequence[Any], pattern: Any, is_whole_tree: bool
 ) -> dict[int, tuple[_Role, int]]:
-  """For each place that holds a factor its role, and the number of its pair in the pair's batch."""
+  """For each place that holds a factor: its role, and the number of its pair within the batch."""
   by_place = {place.index: leaf for place, leaf in zip(places, leaves)}
-  found: dict[int, tuple[_Role, int]] = {}
+  factors: dict[int, tuple[_Role, int]] = {}
   sizes: dict[Any, int] = {}
-  for pair in lora.find_pairs(places, leaves, pattern, whole):
+  for pair in lora.find_pairs(places, leaves, pattern, is_whole_tree):
     down, up = by_place[pair.down], by_place[pair.up]
     batch = (pair.rank, math.prod(down.shape[:pair.down_axes.batch_axes]),
              numerics.compute_dtype(down.dtype, up.dtype),
              bool(math.prod(down.shape) and math.prod(up.shape)))
     number = sizes.get(batch, 0)
     sizes[batch] = number + 1
-    found[pair.down] = _Role(0, pair.down_axes, batch), number
-    found[pair.up] = _Role(1, pair.up_axes, batch), number
-  return found
+    factors[pair.down] = _Role(0, pair.down_axes, batch), number
+    factors[pair.up] = _Role(1, pair.up_axes, batch), number
+  return factors
 
 
-def _roles(params: Any, pattern: Any) -> list[Any]:
-  """For each place of a tree the role of its leaf, by which leaves are stacked."""
+def _find_roles(params: Any, pattern: Any) -> list[Any]:
+  """For each place of a tree the role of its leaf. Only leaves with equal roles are stacked."""
   places, leaves, _ = paths.flatten(params)
-  found = _factors(places, leaves, pattern, whole=True)
-  return [found[place.index][0] if place.index in found else None for place in places]
+  factors = _find_factors(places, leaves, pattern, is_whole_tree=True)
+  return [factors[place.index][0] if place.index in factors else None for place in places]
 
 
-def _look(
+def _compute_kernels(
   leaves: LeafGroups, state: Any, pattern: Any, emphasis: Scalar
 ) -> tuple[list[Any], Any]:
-  """For each group what turns its factors into their gradients, pairs of one batch together."""
-  places = [paths.Leaf(path, place) for group in leaves.groups
+  """The kernels of each group's factors. All pairs of a batch are solved together."""
+  places = [paths.Place(path, place) for group in leaves.groups
             for path, place in zip(group.paths, group.places)]
   places.sort(key=lambda place: place.index)
-  factors = _factors(places, [leaves.params[p.index] for p in places], pattern, whole=False)
+  factors = _find_factors(
+    places, [leaves.params[p.index] for p in places], pattern, is_whole_tree=False)
 
-  def role(group: Group) -> _Role | None:
-    known = factors.get(group.places[0])
-    return known[0] if known is not None and known[0].batch[3] else None
+  def get_role(group: Group) -> _Role | None:
+    factor = factors.get(group.places[0])
+    return factor[0] if factor is not None and factor[0].batch[3] else None
 
-  def gram(group: Group, x: jax.Array) -> jax.Array:
-    own = role(group)
-    assert own is not None
-    return lora.gram(x.astype(own.batch[2]), own.axes)
+  def compute_gram(group: Group, x: jax.Array) -> jax.Array:
+    role = get_role(group)
+    assert role is not None
+    return lora.factor_gram(x.astype(role.batch[2]), role.axes)
 
-  grams = leaves.each(gram, "params", only=lambda group: role(group) is not None)
+  grams = leaves.map_leaves(compute_gram, "params", only=lambda group: get_role(group) is not None)
   values: list[Any] = [None] * len(grams)
-  for batch in dict.fromkeys(role(g).batch for g in leaves.groups if role(g)):  # type: ignore[union-attr]
+  roles = [get_role(group) for group in leaves.groups]
+  for batch in dict.fromkeys(role.batch for role in roles if role):
     sides: list[Any] = []
-    members = [(i, g) for i, g in enumerate(leaves.groups) if role(g) and role(g).batch == batch]  # type: ignore[union-attr]
+    members = [(i, group) for i, (group, role) in enumerate(zip(leaves.groups, roles))
+               if role and role.batch == batch]
     for side in (0, 1):
-      own = [(i, [factors[p][1] for p in g.places]) for i, g in members
-             if factors[g.places[0]][0].side == side]
-      order = [number for _, numbers in own for number in numbers]
-      sides.append((own, _in_order(order, [grams[i] for i, _ in own])))
+      numbered = [(i, [factors[p][1] for p in g.places]) for i, g in members
+                  if factors[g.places[0]][0].side == side]
+      pair_numbers = [number for _, numbers in numbered for number in numbers]
+      sides.append((numbered, numerics.concatenate_sorted(
+        [grams[i] for i, _ in numbered], pair_numbers)))
     shape = sides[0][1].shape
     down, up = (x.reshape(-1, *shape[2:]) for _, x in sides)
-    solved = _spectra.pair_kernels(down, up, emphasis)
-    for (own, _), kernel in zip(sides, solved):
+    kernels = _spectra.pair_kernels(down, up, emphasis)
+    for (numbered, _), kernel in zip(sides, kernels):
       kernel = kernel.reshape(shape)
-      for i, numbers in own:
+      for i, numbers in numbered:
         axes = factors[leaves.groups[i].places[0]][0].axes
-        values[i] = _Kernel(_chosen(kernel, numbers), axes)
+        values[i] = _Kernel(_take_rows(kernel, numbers), axes)
   return values, state
 
 
-def _in_order(numbers: Sequence[int], parts: Sequence[jax.Array]) -> jax.Array:
-  """The rows of all `parts`, of which `numbers` has one each, sorted by their numbers."""
-  joined = jnp.concatenate(parts)
-  order = list(numbers)
-  return joined if order == sorted(order) else joined[np.argsort(order)]
-
-
-def _chosen(values: jax.Array, rows: Sequence[int]) -> jax.Array:
-  """Some rows: a slice where they follow each other, which XLA need not gather."""
+def _take_rows(values: jax.Array, rows: Sequence[int]) -> jax.Array:
+  """`values[rows]`, as a slice if the rows are consecutive, so that XLA need not gather them."""
   begin, end = rows[0], rows[-1] + 1
   return values[begin:end] if list(rows) == list(range(begin, end)) else values[np.array(rows)]
 

@@ -1,9 +1,9 @@
-"""optax transformations as PyTorch optimizers: the only folder that imports torch."""
+"""optax transformations as PyTorch optimizers. Only this folder imports torch."""
 
 import os
 
-# Read when JAX first touches a GPU: without it JAX would take three quarters of the memory that
-# torch needs. Whoever set it has decided.
+# JAX reads this when it first uses a GPU. Without it JAX would preallocate three quarters of the
+# memory, which torch needs. A value that the user has set is kept.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 try:
@@ -14,7 +14,7 @@ except ImportError as error:
     "https://pytorch.org for a build that fits your GPU."
   ) from error
 
-from hina_optax.torch_bridge._hina import HinaAdaptive
-from hina_optax.torch_bridge._optax import OptaxOptimizer
+from hina_optax.torch_bridge._hina_adaptive import HinaAdaptive
+from hina_optax.torch_bridge._optax_optimizer import OptaxOptimizer
 
 __all__ = ["HinaAdaptive", "OptaxOptimizer"]

@@ -1,19 +1,20 @@
-"""Names of parameters that came without: LoRA pairs by shape and order, the others by number."""
+"""Names for parameters that were given without names, such that LoRA pairs are recognized."""
 
+import math
 from collections.abc import Sequence
 
 Shape = tuple[int, ...]
 
 
-def names_of(shapes: Sequence[Shape]) -> list[str]:
-  """A name for each shape of a list of parameters.
+def infer_names(shapes: Sequence[Shape]) -> list[str]:
+  """Names the parameters of a list by their shapes: LoRA factors as such, others by their index.
 
-  Two neighbours are a LoRA pair if the first narrows `(rank, in, ...)` to as many as the second
-  widens `(out, rank, ...)`, and the rank is smaller than what comes in and what goes out: the order
-  in which kohya's sd-scripts, peft and most others list them. A bottleneck of two layers without
-  biases looks the same; names tell them apart.
+  Two neighbours are taken for a LoRA pair if the first has the shape `(rank, in, ...)`, the second
+  `(out, rank, ...)`, and the rank is smaller than the numbers of inputs and outputs. This is the
+  order in which kohya's sd-scripts, peft and most others list them. A bottleneck of two layers
+  without biases has the same shapes; only names tell the two apart.
 
-  >>> names_of([(4, 64), (32, 4), (32,), (32, 64)])
+  >>> infer_names([(4, 64), (32, 4), (32,), (32, 64)])
   ['0.lora_down', '0.lora_up', '2', '3']
   """
   names: list[str] = []
@@ -29,11 +30,4 @@ def names_of(shapes: Sequence[Shape]) -> list[str]:
 def _is_pair(down: Shape, up: Shape) -> bool:
   if len(down) < 2 or len(down) != len(up) or down[0] != up[1]:
     return False
-  return down[0] < min(_product(down[1:]), up[0]) and _product(up[2:]) == 1
-
-
-def _product(sides: Sequence[int]) -> int:
-  product = 1
-  for side in sides:
-    product *= side
-  return product
+  return down[0] < min(math.prod(down[1:]), up[0]) and math.prod(up[2:]) == 1

@@ -1,4 +1,4 @@
-"""Memory that both frameworks see: tensors into arrays and back, without a copy."""
+"""Conversions between torch tensors and JAX arrays, without a copy where that is possible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ DTYPES = {
   torch.float32: jnp.float32, torch.float16: jnp.float16, torch.bfloat16: jnp.bfloat16,
   torch.float64: jnp.float64,
 }
-# NumPy has no bfloat16 of its own: it travels as the integers that it is made of.
-_BITS = {torch.bfloat16: torch.int16}
-# Elements that a second core would not copy any faster.
-_ONE_CORE = 1 << 20
+# torch cannot give NumPy a bfloat16 tensor. It is passed as integers of the same width.
+_INTEGER_DTYPES = {torch.bfloat16: torch.int16}
+# Up to so many elements a second core does not make a copy faster.
+_MAX_ELEMENTS_ON_ONE_CORE = 1 << 20
 
 
 def check_parameters(names: Sequence[str], params: Sequence[torch.Tensor]) -> None:
   """Refuses parameters that JAX could not update.
 
   Raises:
-    ValueError: on several devices in one group, or a device without JAX.
-    TypeError: of a dtype that is not floating, or of 64 bits where JAX has 32.
+    ValueError: if the parameters are on several devices.
+    TypeError: if a parameter is sparse or not floating, or has 64 bits while JAX is limited to 32.
   """
   for name, p in zip(names, params):
     if p.dtype not in DTYPES or p.layout != torch.strided:
@@ -43,10 +43,10 @@ def check_parameters(names: Sequence[str], params: Sequence[torch.Tensor]) -> No
 
 
 def jax_device(device: torch.device) -> jax.Device:
-  """JAX's name for a device of torch.
+  """Returns the JAX device that is the given device of torch.
 
   Raises:
-    ValueError: if JAX does not know it.
+    ValueError: if JAX cannot use that device.
   """
   try:
     if device.type not in ("cpu", "cuda"):
@@ -59,62 +59,69 @@ def jax_device(device: torch.device) -> jax.Device:
     ) from error
 
 
-class Window:
-  """A parameter as JAX sees it: the tensor's own memory, looked up again where it moved."""
+class CachedArray:
+  """The JAX array that shares the memory of one parameter, made again only if the memory moves."""
 
   def __init__(self) -> None:
     self._array: Any = None
     self._pointer = 0
 
-  def look(self, tensor: torch.Tensor) -> Any:
-    """The array over the tensor's memory as it is now."""
+  def get(self, tensor: torch.Tensor) -> Any:
+    """Returns an array with the present values of the tensor."""
     if self._array is None or tensor.data_ptr() != self._pointer:
       self._array, self._pointer = None, tensor.data_ptr()
       array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
       if array.size and array.unsafe_buffer_pointer() != self._pointer:
-        return array  # JAX copied what it could not share: true for this step only
+        # JAX could not share the memory and made a copy, which is outdated after this step.
+        return array
       self._array = array
     return self._array
 
 
 def view(tensor: torch.Tensor) -> Any:
-  """A tensor as an argument of a compiled function; on a CPU by NumPy, which is ten times faster.
+  """Returns a view of a tensor that a compiled function takes as an argument.
 
-  It must not outlive the step: it keeps the tensor's memory.
+  On a CPU it is a NumPy array, which is ten times faster to make than a JAX array. The view must
+  not outlive the step, since it keeps the tensor's memory alive.
   """
   tensor = tensor.detach().contiguous()
   if tensor.device.type != "cpu":
     return jax.dlpack.from_dlpack(tensor)
-  bits = _BITS.get(tensor.dtype)
-  if bits is None:
+  integer_dtype = _INTEGER_DTYPES.get(tensor.dtype)
+  if integer_dtype is None:
     return tensor.numpy()
-  return tensor.view(bits).numpy().view(np.dtype(DTYPES[tensor.dtype]))
+  return tensor.view(integer_dtype).numpy().view(np.dtype(DTYPES[tensor.dtype]))
 
 
-def write(tensors: Sequence[torch.Tensor], arrays: Sequence[jax.Array]) -> None:
-  """Copies arrays into tensors, in place: their storage, views and hooks stay what they are."""
+def write_tensors(tensors: Sequence[torch.Tensor], arrays: Sequence[jax.Array]) -> None:
+  """Copies arrays into tensors in place, so that their storage, views and hooks stay the same."""
   pairs = list(zip(tensors, arrays))
   if arrays and all(device.platform == "cpu" for device in arrays[0].devices()):
     jax.block_until_ready(arrays)
-    pairs = _write_small(pairs)
+    pairs = _write_small_tensors(pairs)
   for tensor, array in pairs:
     tensor.copy_(torch.from_dlpack(array))
 
 
-def _write_small(pairs: Sequence[tuple[torch.Tensor, jax.Array]]) -> list[Any]:
-  """Copies on one core what is small and in order; returns the rest.
+def _write_small_tensors(pairs: Sequence[tuple[torch.Tensor, jax.Array]]) -> list[Any]:
+  """Copies the pairs with small, contiguous tensors on one core, and returns the other pairs.
 
-  torch's copy wakes all its threads from 32768 elements on, which fight JAX's for the cores.
+  From 32768 elements on torch's copy wakes all its threads, which compete with those of JAX for the
+  cores.
   """
-  small = [p for p in pairs if p[0].numel() <= _ONE_CORE and p[0].is_contiguous()]
+  def is_small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= _MAX_ELEMENTS_ON_ONE_CORE and tensor.is_contiguous()
+
+  small = [pair for pair in pairs if is_small(pair[0])]
   for tensor, array in small:
     np.copyto(view(tensor), np.asarray(array))
+  # Autograd does not see NumPy's writes, but has to notice that the parameters have changed.
   torch.autograd.graph.increment_version([tensor for tensor, _ in small])
-  return [p for p in pairs if p[0].numel() > _ONE_CORE or not p[0].is_contiguous()]
+  return [pair for pair in pairs if not is_small(pair[0])]
 
 
 def to_torch(array: Any) -> torch.Tensor:
-  """A copy on the CPU, which any device can load."""
+  """Copies an array into a tensor on the CPU, from where torch can load it to any device."""
   values = np.array(array)
   if values.dtype == np.dtype(jnp.bfloat16):
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
@@ -122,5 +129,5 @@ def to_torch(array: Any) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-  """A copy of a saved tensor."""
+  """Copies a saved tensor into a NumPy array."""
   return np.array(view(tensor.cpu()))

@@ -258,7 +258,7 @@ class TestOptimizeForVram:
     trees.assert_equal(optax.tree.get(moved, "mu"), optax.tree.get(state, "mu"))
     trees.assert_equal(optax.tree.get(moved, "nu"), optax.tree.get(state, "nu"))
     assert "background_regularization" not in ho.get_optimization_info(moved)["features"]
-    assert allocated(moved) == planned(small.decide(params).plan)
+    assert allocated(moved) == planned(small.choose_plan(params).plan)
 
   @pytest.mark.parametrize("tree", [list, tuple, Pair._make], ids=["list", "tuple", "named"])
   def test_parameters_may_be_in_sequences(self, tree):

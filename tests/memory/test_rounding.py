@@ -13,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
 def key(step=1, seed=0, purpose=1):
-  return rounding.key_of(rounding.seed_word(seed), jnp.asarray(step, jnp.int32), purpose)
+  return rounding.make_key(rounding.seed_word(seed), jnp.asarray(step, jnp.int32), purpose)
 
 
 def bracket(x, dtype):
@@ -120,8 +120,8 @@ def test_fp64_is_narrowed_and_kept_in_range():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7), (2, 3, 4, 5)])
 def test_every_shape_counts_its_places_in_order(shape):
-  flat = rounding.noise((int(np.prod(shape)),), key())
-  assert jnp.array_equal(rounding.noise(shape, key()).reshape(-1), flat)
+  flat = rounding.random_bits((int(np.prod(shape)),), key())
+  assert jnp.array_equal(rounding.random_bits(shape, key()).reshape(-1), flat)
 
 
 def correlation(x, y):
@@ -148,7 +148,7 @@ def test_steps_seeds_wrappers_and_leaves_draw_apart(other):
 def test_keys_that_share_most_of_a_word_do_not_draw_the_same_numbers_in_another_order():
   base = key()
   near = rounding.Key(base.first ^ np.uint32(1), base.second ^ np.uint32(12345))
-  first, second = (np.asarray(rounding.noise((4096,), k)) for k in (base, near))
+  first, second = (np.asarray(rounding.random_bits((4096,), k)) for k in (base, near))
   assert len(np.intersect1d(first, second)) < 10
 
 

@@ -14,11 +14,9 @@ from tests import trees
 from tests.cases import CASES, EVERYTHING, as_optimizer
 from tests.memory.storages import raises
 
-# These hold the others' parts, and the way of the numbers through their sums.
-SHOWN = ("suppress_edges", "scale_by_hina-torque-adopt", "scale_by_importance")
 BAD = (jnp.nan, jnp.inf, -jnp.inf)
 some_cases = pytest.mark.parametrize("case", [
-  pytest.param(c, marks=[] if c.name in SHOWN else [pytest.mark.slow]) for c in CASES], ids=str)
+  pytest.param(c, marks=[] if c.faults_every_time else [pytest.mark.slow]) for c in CASES], ids=str)
 
 
 def spoiled(tree, value, everywhere):
@@ -40,7 +38,7 @@ def test_state_stays_finite(case):
     for value in BAD:
       updates, state = update(spoiled(good[0], value, everywhere), state, params)
       assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
-      if not everywhere and not case.name.startswith("scale_by_importance"):
+      if not everywhere and not case.spreads_bad_numbers:
         others = {k: v for k, v in updates.items() if k != "square"}
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(others))
     for g in good:

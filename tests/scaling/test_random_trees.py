@@ -51,17 +51,13 @@ RANGES = {
   "adaptation_strength": (0.0, 3.0),
 }
 CORE = ("b1", "b2", "torque_decay")
-WRAPPERS = {
-  "scale_by_sign_agreement": ("bump", "min_scale", "max_scale"), "cautious-leaf": ("factor",),
-  "scale_by_importance": ("strength", "decay"), "project_to_init": ("strength",),
-}
 
 
 def options_of(case: Case) -> tuple[str, ...]:
   if case.kind == "moments":
     return CORE
   if case.wraps:
-    return next((names for name, names in WRAPPERS.items() if case.name.startswith(name)), ())
+    return case.ranges
   return tuple(name for name in case.kwargs if name in RANGES)
 
 

@@ -18,8 +18,6 @@ from tests.scaling import meshes
 
 STEPS = 50
 MESHES = ((8, 1), (4, 2), (2, 4))
-# These run every time, on one mesh: stencils, order statistics, sums, the core.
-SHOWN = ("attenuate_background-fast", "preserve_detail", "cautious")
 
 
 def program(tx):
@@ -87,7 +85,7 @@ def check_traffic(compiled, allowed=()):
 
 
 def on(case, shape):
-  shown = case.name in SHOWN and shape == (4, 2)
+  shown = case.sharded_every_time and shape == (4, 2)
   name = f"{case.name}-{shape[0]}x{shape[1]}"
   # A place just at the quantile of the background may fall on either side of it.
   marks = [pytest.mark.exact] if "background" in case.name else []
@@ -143,11 +141,8 @@ def test_every_case_on_a_mesh(case):
     assert x.sharding.is_equivalent_to(p.sharding, x.ndim)
 
 
-EXPLICIT_SHOWN = ("suppress_edges",)
-
-
 @pytest.mark.parametrize("case", [
-  pytest.param(c, marks=[] if c.name in EXPLICIT_SHOWN else [pytest.mark.slow]) for c in CASES
+  pytest.param(c, marks=[] if c.explicit_every_time else [pytest.mark.slow]) for c in CASES
 ], ids=str)
 def test_explicit_sharding_mode(case):
   """Where sharding is part of an array's type: the same numbers, and types that stay."""

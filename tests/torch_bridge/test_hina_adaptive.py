@@ -15,7 +15,7 @@ import torch
 
 import hina_optax as ho
 from hina_optax.torch_bridge import HinaAdaptive
-from hina_optax.torch_bridge._names import names_of
+from hina_optax.torch_bridge._names import infer_names
 from tests.cases import EVERYTHING
 from tests.torch_bridge.models import (
   assert_same,
@@ -196,10 +196,10 @@ def test_in_compat_only_the_first_group_has_its_importance_updated():
 
 def test_pairs_are_found_by_shape_and_by_name():
   # A first convolution, its partner of one by one, a vector, and a layer that is no pair.
-  assert names_of([(4, 8, 3, 3), (16, 4, 1, 1), (16,), (8, 8), (8, 8)]) == [
+  assert infer_names([(4, 8, 3, 3), (16, 4, 1, 1), (16,), (8, 8), (8, 8)]) == [
     "0.lora_down", "0.lora_up", "2", "3", "4"]
-  assert names_of([(16, 8), (8, 16)]) == ["0", "1"]  # wider inside: no low rank
-  assert names_of([]) == []
+  assert infer_names([(16, 8), (8, 16)]) == ["0", "1"]  # wider inside: no low rank
+  assert infer_names([]) == []
 
   def after(params):
     model = lora_model()
@@ -215,13 +215,22 @@ def test_pairs_are_found_by_shape_and_by_name():
     assert_same(unnamed, hidden)
 
 
-def test_a_frozen_partner_is_no_missing_one():
+def test_rank_penalty_accepts_a_frozen_partner():
   model = lora_model()
   for layer in model:
     if hasattr(layer, "lora_down"):
       layer.lora_down.requires_grad_(False)
+  start = {name: p.detach().clone() for name, p in model.named_parameters()}
   optimizer = HinaAdaptive(model.named_parameters(), lr=1e-2, lora_rank_penalty=True)
   train(model, optimizer, 2)
+  trained_factors = [name for name in start if "lora_up" in name]
+  assert trained_factors
+  for name, p in model.named_parameters():
+    if "lora_down" in name:
+      assert torch.equal(p, start[name]), name
+    elif name in trained_factors:
+      assert torch.isfinite(p).all(), name
+      assert not torch.equal(p, start[name]), name
 
 
 def test_kernels_are_taken_in_torch_s_order():

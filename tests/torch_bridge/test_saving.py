@@ -198,7 +198,7 @@ def test_what_differs_is_named_and_nothing_is_half_loaded():
     with pytest.raises(ValueError, match=words):
       optimizer.load_state_dict(state)
     assert [dict(g, params=None) for g in optimizer.param_groups] == before
-    assert not any(optimizer._cohorts)
+    assert not any(optimizer._subgroups)
 
 
 def test_state_in_other_shapes_is_named():

@@ -1,4 +1,4 @@
-"""What the storage wrappers share: the choice of leaves."""
+"""Checks of the arguments that storage wrappers share."""
 
 import re
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from hina_optax.base import checks
 Include = str | re.Pattern[str] | Callable[[str, Any], bool] | None
 
 
-def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
-  """`inner` with support for extra arguments; refuses what is no transformation."""
+def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` with support for extra arguments; raises if it is not a transformation."""
   if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
     raise TypeError(
       "inner must be an optax transformation, such as optax.adamw(1e-3), got "
@@ -21,18 +21,21 @@ def transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
   return optax.with_extra_args_support(inner)
 
 
-def structural_number(name: str, value: Any, default: int, low: int) -> int:
-  """A whole number that shapes the program: `default` for `None`, never traced."""
+def check_static_integer(name: str, value: Any, default: int, low: int) -> int:
+  """Returns a whole number that must not be traced, since it shapes the program.
+
+  `None` stands for `default`.
+  """
   if value is None:
     return default
-  checks.structural(name, value)
+  checks.static_value(name, value)
   checks.integer(name, value, low)
   return int(value)
 
 
-def path_rule(include: Include) -> Callable[[str, Any], bool]:
-  """`include` as a function of path and leaf; a regular expression is searched in the path."""
-  checks.structural("include", include)
+def compile_include(include: Include) -> Callable[[str, Any], bool]:
+  """Returns `include` as `(path, leaf) -> bool`; a regular expression is searched in the path."""
+  checks.static_value("include", include)
   if include is None:
     return lambda path, leaf: True
   if isinstance(include, (str, re.Pattern)):
