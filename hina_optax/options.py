@@ -38,7 +38,8 @@ registry.register_options(
          "`f(path, leaf) -> axes` along which neighbours are compared; `None`: "
          "`flax_spatial_axes`", "give `torch_spatial_axes` for PyTorch's order"),
   Option("sd_scripts_compat", False, registry.FLAG,
-         "the PyTorch original's arithmetic, step by step, faults included"),
+         "the PyTorch original's arithmetic, step by step, faults included",
+         defines_state=True),
 )
 # These options decide where state is stored, not what is computed.
 _MEMORY = (

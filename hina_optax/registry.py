@@ -83,6 +83,8 @@ class Option:
     allowed: the allowed values.
     text: what the option does, in one line.
     compat: what the option does with `sd_scripts_compat=True`; empty if that is the same.
+    defines_state: whether the numbers of a saved state mean something else under another value. A
+      checkpoint is then refused.
   """
 
   name: str
@@ -90,6 +92,7 @@ class Option:
   allowed: AllowedValues
   text: str
   compat: str = ""
+  defines_state: bool = False
 
   def check(self, value: Any) -> None:
     """Refuses a value that is not allowed."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hina_optax import memory
+from hina_optax import memory, registry
 from hina_optax.alias import relative_rates
 from hina_optax.base import paths, traits
 from hina_optax.checkpoints._entries import Entry
@@ -18,10 +18,6 @@ _MAX_LISTED = 6
 # A field that version 1 saved and version 2 does not: the size of the last gradient, which the
 # importance part now measures at the step itself.
 _REMOVED_FIELD = "/gradient_size"
-# Options that change what the numbers of a state mean, though not their shapes.
-_MEANING_OPTIONS = (
-  "sd_scripts_compat", "use_adopt_stability", "background_regularization_mode", "use_tam",
-)
 
 
 def make_metadata(tx: Any, params: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -148,10 +144,11 @@ def _changed_options(metadata: dict[str, Any], tx: Any, meaning_only: bool) -> l
   old, new = metadata["options"], _describe_options(tx)
   if old is None or new is None:
     return []
+  defining = {name for name, option in registry.options().items() if option.defines_state}
   names = [n for n in (*old, *(n for n in new if n not in old)) if old.get(n) != new.get(n)]
   return [
     f"{name} ({old.get(name)} in the checkpoint, {new.get(name)} now)" for name in names
-    if not meaning_only or name in _MEANING_OPTIONS or name.startswith("relative rates")
+    if not meaning_only or name in defining or name.startswith("relative rates")
   ]
 
 
