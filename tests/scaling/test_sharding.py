@@ -315,7 +315,7 @@ def test_one_program_may_hold_init_and_update(name, place):
 
 def boxed():
   """Parameters of Flax, each in a box that names its axes."""
-  import flax.linen as nn
+  nn = pytest.importorskip("flax.linen")
 
   class Model(nn.Module):
     @nn.compact

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import assert_same, batch, data, dense_model, loss_of, train
 
+from hina_optax import torch_bridge
 from hina_optax.torch_bridge import HinaAdaptive
 
 
@@ -171,3 +172,10 @@ def test_autocast_gradients_reach_fp32_parameters():
     loss.backward()
     optimizer.step()
   assert float(loss_of(model).detach()) < before
+
+
+@pytest.mark.parametrize("name", torch_bridge.__all__)
+def test_docstrings_of_the_bridge_are_complete(name):
+  doc = getattr(torch_bridge, name).__doc__
+  for part in ("Args:", "State:", "Raises:", "Example:", ">>> ", "References:", ".. math::"):
+    assert part in doc, f"{name} lacks {part}"
