@@ -203,3 +203,30 @@ def test_a_step_inside_of_shard_map_is_the_step(name, devices, for_cpus, monkeyp
     expected, actual = update(g, expected[1], params), mapped(spread, actual[1], params)
     trees.assert_close(jax.tree.map(np.asarray, actual), jax.tree.map(np.asarray, expected),
                        2e-5, 2e-6)
+
+
+def arguments_of(jaxpr):
+  """Arguments of a program and of all functions that it calls, each time they are called."""
+  count = len(jaxpr.invars)
+  for equation in jaxpr.eqns:
+    for value in equation.params.values():
+      for inside in value if isinstance(value, (tuple, list)) else (value,):
+        inside = getattr(inside, "jaxpr", inside)
+        count += arguments_of(inside) if hasattr(inside, "eqns") else 0
+  return count
+
+
+@pytest.mark.parametrize("for_cpus", [False, True])
+def test_tracing_is_linear_in_leaves(for_cpus, monkeypatch):
+  """No leaf's turn is handed the state of all others."""
+  if for_cpus:
+    monkeypatch.setattr(xla_cpu, "LEAST", 0)
+  tx = ho.hina_adaptive(1e-2, leaf_batching=False)
+
+  def arguments(count):
+    params = {f"w{i:02}": jnp.ones((3, 4 + i)) for i in range(count)}
+    state = jax.eval_shape(tx.init, params)
+    return arguments_of(jax.make_jaxpr(tx.update)(params, state, params).jaxpr)
+
+  few, twice, many = (arguments(count) for count in (6, 12, 24))
+  assert many - twice < 2.2 * (twice - few)
