@@ -220,7 +220,7 @@ def arguments_of(jaxpr):
 def test_tracing_is_linear_in_leaves(for_cpus, monkeypatch):
   """No leaf's turn is handed the state of all others."""
   if for_cpus:
-    monkeypatch.setattr(xla_cpu, "LEAST", 0)
+    monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   tx = ho.hina_adaptive(1e-2, leaf_batching=False)
 
   def arguments(count):

@@ -61,14 +61,17 @@ def test_a_program_exported_for_several_platforms_runs_here(monkeypatch):
     2e-5, 2e-6)
 
 
-def test_small_trees_have_the_plain_program(monkeypatch):
+def test_groups_of_small_trees_are_no_calls(monkeypatch):
   tx, params = ho.hina_adaptive(1e-2), trees.layers()
   state = tx.init(params)
-  text = lambda: jax.jit(tx.update).lower(params, state, params).as_text()  # noqa: E731
-  assert "inlineable" not in text()
+
+  def count_calls():
+    return jax.jit(tx.update).lower(params, state, params).as_text().count("inlineable")
+
+  small = count_calls()
   monkeypatch.setattr(xla_cpu, "MIN_ELEMENTS", 0)
   tx = ho.hina_adaptive(1e-2)
-  assert "inlineable" in text()
+  assert count_calls() >= small + len(params)
 
 
 def driven(case):
