@@ -59,6 +59,7 @@ CHANGES = {
   "unpaired": ("nuclear", {"lora_rank_penalty": True}),
   "lora_pattern": ("(?P<down>nothing)|(?P<up>nobody)", {"lora_rank_penalty": True}),
   "use_agr": (True, {}),
+  "agr_limit": (0.9, {"use_agr": True}),
   "use_orthogonal_grad": (True, {}),
   "use_tam": (True, {}),
   "tam_beta": (0.2, {"use_tam": True}),

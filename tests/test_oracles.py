@@ -199,6 +199,8 @@ CASES = (
   part("add_rank_penalty", regularizers.AddRankPenalty, "unpaired", {"atol": 0.5e-2},
        {"pairs": MIXED_PAIRS}, unpaired="nuclear", strength=0.5, emphasis=1.5),
   part("adaptive_gradient_regularization", regularizers.AdaptiveGradientRegularization),
+  part("adaptive_gradient_regularization", regularizers.AdaptiveGradientRegularization, "published",
+       limit=1.0),
   part("orthogonalize_to_params", regularizers.OrthogonalizeToParams),
   part("orthogonalize_to_params", regularizers.OrthogonalizeToParams, "vectors",
        include_vectors=True),

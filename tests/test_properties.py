@@ -40,8 +40,7 @@ def test_converges_on_a_parabola(case):
   cosine = optax.cosine_decay_schedule(0.05, 4000)
   schedule = lambda step: cosine(step.astype(jnp.float32))  # noqa: E731
   if case.kind == "alias":
-    # Without AGR, which stops where the gradient of a leaf stands in one element.
-    changed = {"learning_rate": schedule, "reference_lr": 0.05, "use_agr": False}
+    changed = {"learning_rate": schedule, "reference_lr": 0.05}
     tx = case.factory(**{**case.kwargs, **changed})
   else:
     tx = as_optimizer(case, schedule if not case.name.startswith("project") else 0.05)
@@ -64,7 +63,7 @@ def test_converges_on_rosenbrock(case):
 
   tx = as_optimizer(case, 2e-3)
   if case.kind == "alias":
-    tx = case.factory(**{**case.kwargs, "learning_rate": 2e-3, "use_agr": False})
+    tx = case.factory(**{**case.kwargs, "learning_rate": 2e-3})
 
   def step(carry, _):
     params, state = carry

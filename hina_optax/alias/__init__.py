@@ -65,6 +65,7 @@ def hina_adaptive(
   rank_penalty_strength: float = 0.01,
   low_rank_emphasis: float = 1.2,
   use_agr: bool = True,
+  agr_limit: float = 0.1,
   use_orthogonal_grad: bool = False,
   use_tam: bool = True,
   tam_beta: float | None = None,
@@ -138,6 +139,8 @@ def hina_adaptive(
     rank_penalty_strength: in units of the loss per unit of nuclear norm.
     low_rank_emphasis: >= 1, weight of small singular values. The original never used it.
     use_agr: `adaptive_gradient_regularization`; the original clips each leaf to norm 1 instead.
+    agr_limit: in [0, 1], the largest share that an element loses; 1 is the published rule, which
+      stops where a leaf's gradient stands in few elements.
     use_orthogonal_grad: `orthogonalize_to_params`.
     use_tam: torque-aware momentum (`scale_by_hina`).
     tam_beta: decay of the torque. `None`: 0.9 as published, with compat 0.999.

@@ -7,6 +7,7 @@ import jax
 import torch
 from jax.tree_util import keystr
 
+from hina_optax import registry
 from hina_optax.torch_bridge import _rules, _tensors, _version_1
 from hina_optax.torch_bridge._subgroup import Subgroup, put_array
 
@@ -69,7 +70,12 @@ def check_identity(packed: Mapping[str, Any], identity: Mapping[str, Any]) -> No
   saved = packed["identity"]
   if packed["version"] == 1:
     saved = _version_1.upgrade_identity(saved)
-  differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+  options = registry.options()
+  # An option that the saving version did not have yet, and that no state depends on, is no reason.
+  unknown = {name for name in identity
+             if name not in saved and name in options and not options[name].defines_state}
+  differing = [name for name in {**saved, **identity}
+               if saved.get(name) != identity.get(name) and name not in unknown]
   if differing:
     lines = [f"  {name}: saved {saved.get(name)!r}, now {identity.get(name)!r}"
              for name in differing]

@@ -23,6 +23,7 @@ What it writes beside itself:
 No visit of importance falls on the further steps: what it looks at may be measured elsewhere.
 """
 
+import inspect
 import json
 import os
 import pathlib
@@ -39,9 +40,12 @@ import hina_optax as ho
 
 FOLDER = pathlib.Path(__file__).parent
 STEPS, MORE, TORCH_STEPS = 5, 2, 4
+# Version 0.1.0 had no limit on the share of the gradient that AGR takes.
+UNLIMITED: dict[str, Any] = {
+  name: 1.0 for name in inspect.signature(ho.hina_adaptive).parameters if name == "agr_limit"}
 EVERYTHING: dict[str, Any] = dict(
-  learning_rate=1e-2, edge_suppression=True, spatial_awareness=True, lora_rank_penalty=True,
-  use_orthogonal_grad=True, relationship_discovery_interval=4,
+  **UNLIMITED, learning_rate=1e-2, edge_suppression=True, spatial_awareness=True,
+  lora_rank_penalty=True, use_orthogonal_grad=True, relationship_discovery_interval=4,
 )
 
 _PAIR: dict[str, tuple[int, ...]] = {"lora_a": (6, 2), "lora_b": (2, 5)}
@@ -92,7 +96,7 @@ def decays(params: Any) -> Any:
 
 
 CASES = {
-  "defaults": Case(lambda: ho.hina_adaptive(1e-2)),
+  "defaults": Case(lambda: ho.hina_adaptive(1e-2, **UNLIMITED)),
   "everything": Case(everything, "large"),
   "unbatched": Case(lambda: everything(leaf_batching=False)),
   "bf16": Case(lambda: everything(reduce_precision=True), "large", everything),
@@ -100,9 +104,9 @@ CASES = {
   "compat": Case(lambda: everything(sd_scripts_compat=True)),
   "adamw-batched": Case(lambda: ho.with_leaf_batching(adamw())),
   "adamw-bf16": Case(lambda: ho.with_state_dtype(adamw()), "large", adamw),
-  "host": Case(lambda: ho.with_host_offload(ho.hina_adaptive(1e-2), min_bytes=0)),
+  "host": Case(lambda: ho.with_host_offload(ho.hina_adaptive(1e-2, **UNLIMITED), min_bytes=0)),
   "parts": Case(parts),
-  "masked": Case(lambda: ho.hina_adaptive(1e-2, weight_decay_mask=decays)),
+  "masked": Case(lambda: ho.hina_adaptive(1e-2, **UNLIMITED, weight_decay_mask=decays)),
 }
 
 
@@ -234,27 +238,27 @@ class TorchCase(NamedTuple):
 def _edges(params: dict[str, Any]) -> Any:
   from hina_optax.torch_bridge import HinaAdaptive
 
-  return HinaAdaptive(list(params.values()), lr=1e-2, edge_suppression=True)
+  return HinaAdaptive(list(params.values()), lr=1e-2, **UNLIMITED, edge_suppression=True)
 
 
 def _pairs(params: dict[str, Any]) -> Any:
   from hina_optax.torch_bridge import HinaAdaptive
 
-  return HinaAdaptive(list(params.items()), lr=1e-2, lora_rank_penalty=True,
+  return HinaAdaptive(list(params.items()), lr=1e-2, **UNLIMITED, lora_rank_penalty=True,
                       relationship_discovery_interval=4)
 
 
 def _compat(params: dict[str, Any]) -> Any:
   from hina_optax.torch_bridge import HinaAdaptive
 
-  return HinaAdaptive(list(params.items()), lr=1e-2, sd_scripts_compat=True,
+  return HinaAdaptive(list(params.items()), lr=1e-2, **UNLIMITED, sd_scripts_compat=True,
                       relationship_discovery_interval=4)
 
 
 def _bf16(params: dict[str, Any]) -> Any:
   from hina_optax.torch_bridge import HinaAdaptive
 
-  return HinaAdaptive(list(params.values()), lr=1e-2, reduce_precision=True)
+  return HinaAdaptive(list(params.values()), lr=1e-2, **UNLIMITED, reduce_precision=True)
 
 
 def _injected(params: dict[str, Any]) -> Any:

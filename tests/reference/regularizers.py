@@ -209,13 +209,17 @@ class AddRankPenalty(leaves.Stateless):
 
 
 class AdaptiveGradientRegularization(leaves.Stateless):
-  """`g (1 - |g| / sum|g|)`, but for leaves of one element."""
+  """`g (1 - min(|g| / sum|g|, limit))`, but for leaves of one element."""
+
+  def __init__(self, limit=0.1):
+    self.limit = limit
 
   def update(self, g, params):
     updates = {}
     for path, x in g.items():
       whole = np.sum(np.abs(x))
-      updates[path] = x * (1 - np.abs(x) / whole) if whole > 0 and x.size > 1 else x
+      shrinks = whole > 0 and x.size > 1
+      updates[path] = x * (1 - np.minimum(np.abs(x) / whole, self.limit)) if shrinks else x
     return updates
 
 
