@@ -1,4 +1,4 @@
-"""The registry of parts: the options, the place, the state and the figures of each part.
+"""The registry of parts: the options, the stage, the state and the figures of each part.
 
 `hina_adaptive` and its checks, `get_optimization_info`, memory plans, the table of options, the
 benchmarks and the tests read the parts from here. `register` adds a part from outside the package;
@@ -12,11 +12,11 @@ from typing import Any
 
 from hina_optax.base import checks, lora
 
-# The places of parts in the chain of `hina_adaptive`, in order. A `"gradient"` part changes the
+# The stages of the chain of `hina_adaptive`, in order. A `"gradient"` part changes the
 # gradient. The last `"moments"` part that is on turns the gradient into a direction. A
 # `"direction"` part wraps the direction, a `"rate"` part is a rule that scales it, and a `"decay"`
-# part adds to it. A `"step"` part wraps all parts since `"moments"` and the learning rate.
-PLACES = ("gradient", "moments", "direction", "rate", "decay", "step")
+# part adds to it. A `"step"` part wraps everything from `"moments"` on, with the learning rate.
+STAGES = ("gradient", "moments", "direction", "rate", "decay", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Part:
   Attributes:
     factory: the public function.
     state: the NamedTuple class of its state.
-    place: one of `PLACES`.
-    position: the order of the parts of one place. The package's own parts have 10, 20, ...
+    stage: one of `STAGES`.
+    position: the order of the parts of one stage. The package's own parts have 10, 20, ...
     options: the options of the part. Several parts may share an option.
     switches: the names of the options that switch the part, or a feature of it, on.
-    build: `build(options)` makes the part; in the places `"direction"` and `"step"` it is
-      `build(options, inner)`. In the place `"rate"` it returns a rule.
+    build: `build(options)` makes the part; in the stages `"direction"` and `"step"` it is
+      `build(options, inner)`. In the stage `"rate"` it returns a rule.
     is_on: `is_on(options)` says whether the options ask for the part; `None`: the part is on if one
       of its switches is.
     check: `check(options)` refuses options that do not go together.
@@ -145,7 +145,7 @@ class Part:
 
   factory: Callable[..., Any]
   state: type
-  place: str
+  stage: str
   position: int
   options: tuple[Option, ...]
   switches: tuple[str, ...]
@@ -212,11 +212,11 @@ def register(part: Part) -> Part:
     `part`.
 
   Raises:
-    ValueError: if the place is unknown, or another part has the same name, or another option has
+    ValueError: if the stage is unknown, or another part has the same name, or another option has
       the name of one of the part's options.
   """
-  if part.place not in PLACES:
-    raise ValueError(f"place must be one of {', '.join(PLACES)}; got {part.place!r}.")
+  if part.stage not in STAGES:
+    raise ValueError(f"stage must be one of {', '.join(STAGES)}; got {part.stage!r}.")
   if part.name in _parts:
     raise ValueError(f"a part with the name '{part.name}' is registered already.")
   known = options()
@@ -252,10 +252,10 @@ def add_watcher(watcher: Callable[[], None]) -> None:
   watcher()
 
 
-def parts(place: str | None = None) -> list[Part]:
-  """All parts, or those of one place, in the order of the chain."""
-  chosen = [part for part in _parts.values() if place in (None, part.place)]
-  return sorted(chosen, key=lambda part: (PLACES.index(part.place), part.position, part.name))
+def parts(stage: str | None = None) -> list[Part]:
+  """All parts, or those of one stage, in the order of the chain."""
+  chosen = [part for part in _parts.values() if stage in (None, part.stage)]
+  return sorted(chosen, key=lambda part: (STAGES.index(part.stage), part.position, part.name))
 
 
 def options() -> dict[str, Option]:

@@ -19,7 +19,7 @@ class Case:
   Attributes:
     name: of the case.
     make: builds the transformation from nothing.
-    kind: the part's place in the chain (`registry.PLACES`), or "alias".
+    kind: the part's stage in the chain (`registry.STAGES`), or "alias".
     identity: builds it with strength 0 (or what switches it off); `None` where nothing does.
     factory: for `inject_hyperparams`: called with `kwargs`; `None` where an argument is a
       transformation.
@@ -94,15 +94,15 @@ def cases_of(part: registry.Part) -> tuple[Case, ...]:
 def _case(part: registry.Part, label: str, kwargs: dict[str, Any]) -> Case:
   def make(**changed: Any) -> optax.GradientTransformationExtraArgs:
     arguments = {**kwargs, **changed}
-    if part.place not in WRAPPING:
+    if part.stage not in WRAPPING:
       return part.factory(**arguments)
-    return part.factory(_descent() if part.place == "step" else ho.scale_by_hina(), **arguments)
+    return part.factory(_descent() if part.stage == "step" else ho.scale_by_hina(), **arguments)
 
   name = f"{part.name}-{label}" if label else part.name
   return Case(
-    name=name, make=make, kind=part.place,
+    name=name, make=make, kind=part.stage,
     identity=None if part.identity is None else functools.partial(make, **part.identity),
-    factory=None if part.place in WRAPPING else part.factory, kwargs=kwargs,
+    factory=None if part.stage in WRAPPING else part.factory, kwargs=kwargs,
     reads_params=part.reads_params, scale_free=part.scale_free, converges=not part.moves_minimum,
     looks_across=part.name in LOOKS_ACROSS, spreads_bad_numbers=part.name in SPREADS_BAD_NUMBERS,
     sharded_every_time=name in SHARDED_EVERY_TIME, explicit_every_time=name in EXPLICIT_EVERY_TIME,

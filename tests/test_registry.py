@@ -152,12 +152,12 @@ def test_the_table_in_the_readme_is_the_one_that_is_declared():
 
 
 def test_every_part_is_in_the_docstring_s_chain_once():
-  positions = [(part.place, part.position) for part in registry.parts()]
+  positions = [(part.stage, part.position) for part in registry.parts()]
   assert len(set(positions)) == len(positions)
 
 
 @pytest.mark.parametrize(("changed", "words"), [
-  (dict(place="nowhere"), "place must be one of gradient"),
+  (dict(stage="nowhere"), "stage must be one of gradient"),
   (dict(switches=("missing",)), "none of its options"),
   (dict(options=(Option("edge_penalty", 1.0, registry.NUMBER, "twice"),), switches=()),
    "'edge_penalty'.*another option"),

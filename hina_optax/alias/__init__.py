@@ -140,7 +140,7 @@ def hina_adaptive(
     low_rank_emphasis: >= 1, weight of small singular values. The original never used it.
     use_agr: `adaptive_gradient_regularization`; the original clips each leaf to norm 1 instead.
     agr_limit: in [0, 1], the largest share that an element loses; 1 is the published rule, which
-      stops where a leaf's gradient stands in few elements.
+      stalls where a few elements hold most of a leaf's gradient.
     use_orthogonal_grad: `orthogonalize_to_params`.
     use_tam: torque-aware momentum (`scale_by_hina`).
     tam_beta: decay of the torque. `None`: 0.9 as published, with compat 0.999.
@@ -149,25 +149,27 @@ def hina_adaptive(
     use_grams: `grams`, in place of `use_cautious`. Off by default; the original accepts and never
       applies it, and so does compat.
     use_lr_mask: a learning rate for each element (`scale_by_sign_agreement`).
-    lr_bump: its step. `None`: 0.03 of the reference rate, with compat 3e-6.
-    min_lr: its lower bound. `None`: 0.001 of the reference rate, with compat 1e-7.
-    max_lr: its upper bound. `None`: 10 times the reference rate, with compat 1e-3.
-    warmup_steps: steps during which it moves.
+    lr_bump: by how much a rate moves per step. `None`: 0.03 of the reference rate, with compat
+      3e-6.
+    min_lr: lower bound of a rate. `None`: 0.001 of the reference rate, with compat 1e-7.
+    max_lr: upper bound of a rate. `None`: 10 times the reference rate, with compat 1e-3.
+    warmup_steps: first steps, in which `use_lr_mask` moves the rates of elements; then they stay.
+      It is no warm-up of the learning rate.
     reference_lr: the rate that the three above are measured against. `None`: `learning_rate`, for a
       schedule its largest value over `warmup_steps`.
     use_dynamic_adaptation: move learning rate between leaves (`scale_by_importance`).
-    adaptation_strength: its strength.
-    relationship_discovery_interval: steps between its visits.
-    importance_decay: its average over visits.
+    adaptation_strength: strength of `use_dynamic_adaptation`.
+    relationship_discovery_interval: steps after which importance is measured again.
+    importance_decay: decay of the average of importance over its measurements.
     compatibility_threshold: least compatibility of two related matrices.
     intrinsic_importance: `"full"` or `"estimated"`.
     dynamic_weight_decay: let weight decay fade (`add_scheduled_weight_decay`).
-    wd_transition_steps: when it begins to fade.
-    wd_decay_factor: what is left after as many steps again.
-    wd_min_ratio: the least share that is left.
+    wd_transition_steps: steps after which weight decay begins to fade.
+    wd_decay_factor: share of weight decay that is left after as many steps again.
+    wd_min_ratio: least share of weight decay that is left.
     weight_decay_mask: where weight decay acts, as `optax.masked` takes it; `None`: everywhere.
     use_spd: pull back to the start selectively (`project_to_init`).
-    spd_lambda: in [0, 1], its strength.
+    spd_lambda: in [0, 1], strength of `use_spd`.
     unpaired: `"ignore"` or `"nuclear"`, for matrices that are no LoRA factor (`add_rank_penalty`).
     lora_pattern: regular expression with the groups `down` and `up` for other names of factors.
     spatial_axes: `f(path, leaf) -> axes`; `None` is `flax_spatial_axes`. Under

@@ -64,15 +64,15 @@ def make_layout(o: HinaOptions, params: Any) -> Layout | None:
 
 
 def _is_more_than_adam(o: HinaOptions) -> bool:
-  """Whether a part is on that sums over leaves or compares neighbours.
+  """Whether any switch is on, which means more than Adam's moments and weight decay.
 
-  Such parts make long programs per leaf, which is why leaves are then batched by default.
+  Most such parts make long programs per leaf, which is why leaves are then batched by default.
   """
   return any(getattr(o, name) for name in registry.switches())
 
 
-def _enabled_parts(o: HinaOptions, place: str) -> list[registry.Part]:
-  return [part for part in registry.parts(place) if part.is_enabled(o)]
+def _enabled_parts(o: HinaOptions, stage: str) -> list[registry.Part]:
+  return [part for part in registry.parts(stage) if part.is_enabled(o)]
 
 
 def _build_direction(o: HinaOptions) -> optax.GradientTransformationExtraArgs:

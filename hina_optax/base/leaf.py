@@ -18,8 +18,8 @@ class Neighbours(NamedTuple):
   """The neighbours of all elements along one axis.
 
   Attributes:
-    lower: the element one place below; 0 where there is none.
-    upper: the element one place above; 0 where there is none.
+    lower: the previous element along the axis; 0 where there is none.
+    upper: the next element along the axis; 0 where there is none.
     is_first: true for elements without a lower neighbour.
     is_last: true for elements without an upper neighbour.
   """
@@ -92,7 +92,7 @@ class Leaf:
     """Second difference summed over the axes; a missing neighbour equals the element itself."""
     result = jnp.zeros_like(x)
     for neighbours in self.neighbours(x, self.axes):
-      below, above = (jnp.where(edge, x, y) for edge, y in _sides(neighbours))
+      below, above = (jnp.where(on_border, x, y) for on_border, y in _sides(neighbours))
       result = result + ((above - x) - (x - below))
     return result
 
@@ -100,7 +100,8 @@ class Leaf:
     """Sum of the squared differences to the existing neighbours."""
     result = jnp.zeros_like(x)
     for neighbours in self.neighbours(x, self.axes):
-      below, above = (jnp.where(edge, jnp.zeros_like(x), y - x) for edge, y in _sides(neighbours))
+      below, above = (jnp.where(on_border, jnp.zeros_like(x), y - x)
+                      for on_border, y in _sides(neighbours))
       result = result + (jnp.square(below) + jnp.square(above))
     return result
 
@@ -108,7 +109,7 @@ class Leaf:
     """Mean over three places along each axis; a missing neighbour equals the element itself."""
     for axis in self.axes:
       [neighbours] = self.neighbours(x, (axis,))
-      below, above = (jnp.where(edge, x, y) for edge, y in _sides(neighbours))
+      below, above = (jnp.where(on_border, x, y) for on_border, y in _sides(neighbours))
       x = x + ((above - x) - (x - below)) / 3
     return x
 

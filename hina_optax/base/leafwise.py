@@ -122,7 +122,7 @@ def build_guarded(
   ) -> optax.GradientTransformationExtraArgs:
     init, update = build(inner, guard)
     if guard:
-      update = shardings.use_automatic_axes(_freeze_absent_leaves(update))
+      update = shardings.use_automatic_axes(_freeze_leaves_without_update(update))
     return traits.attach_traits(init, update, part_traits)
 
   if inner is not None:
@@ -279,19 +279,21 @@ def _replace_numbers(old: Any, leaf_paths: Sequence[str], numbers: Sequence[Any]
   return positions.LeafNumbers(old.names, new)
 
 
-def _freeze_absent_leaves(update: Callable[..., Any]) -> Callable[..., Any]:
+def _freeze_leaves_without_update(update: Callable[..., Any]) -> Callable[..., Any]:
   """Makes `update` take the extra argument `present`: other leaves keep their state."""
   def decorated(updates, state, params=None, **extra_args):
     results, new = update(updates, state, params, **extra_args)
     if extra_args.get(PRESENT) is None:
       return results, new
-    return freeze_absent(extra_args[PRESENT], updates, (results, new), state)
+    return freeze_without_update(extra_args[PRESENT], updates, (results, new), state)
 
   return decorated
 
 
-def freeze_absent(present: Any, updates: Any, new: tuple[Any, Any], old: Any) -> tuple[Any, Any]:
-  """Sets the update of each leaf that is not `present` to 0, and puts its old state back."""
+def freeze_without_update(
+  present: Any, updates: Any, new: tuple[Any, Any], old: Any
+) -> tuple[Any, Any]:
+  """Sets the update of each leaf whose flag in `present` is false to 0, and restores its state."""
   structure = positions.get_structure(updates)
   flags = [None if paths.is_absent(x) else x for x in structure.flatten_up_to(present)]
   names = [place.path for place in paths.flatten(updates)[0]]

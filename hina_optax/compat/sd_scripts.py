@@ -213,8 +213,8 @@ def _compute_activity(leaf: Leaf, x: Array) -> tuple[Array, Array]:
   if min(leaf.shape[axis] for axis in leaf.axes) > 2:
     for axis in leaf.axes:
       [pair] = leaf.neighbours(x, (axis,))
-      below, above = (jnp.where(edge, jnp.zeros_like(x), y)
-                      for edge, y in ((pair.is_first, pair.lower), (pair.is_last, pair.upper)))
+      below, above = (jnp.where(on_border, jnp.zeros_like(x), y)
+                      for on_border, y in ((pair.is_first, pair.lower), (pair.is_last, pair.upper)))
       x = (x + below + above) / 3
   elif len(leaf.shape) > 2:
     low = numerics.order_statistic(x, int(position))

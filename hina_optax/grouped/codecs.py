@@ -26,8 +26,8 @@ class QuantizedLeaf(NamedTuple):
   Attributes:
     codes: uint8, in the leaf's shape.
     scales: bf16, one number per block, with as many axes as the leaf: the leading axes of the leaf,
-      one axis that counts blocks, then axes of size 1. A scale is negative where its block has no
-      negative number.
+      one axis that counts blocks, then axes of size 1. A scale is negative where all
+      numbers of its block are finite and none is negative.
   """
 
   codes: jax.Array

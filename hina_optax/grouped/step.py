@@ -162,7 +162,7 @@ class Step:
     extra_args = {k: v for k, v in self.extra_args.items() if k != PRESENT}
     result, new_state = self.settings.inner.update(updates, state, params, **extra_args)
     if self.present is not None:
-      result, new_state = leafwise.freeze_absent(
+      result, new_state = leafwise.freeze_without_update(
         self.extra_args[PRESENT], self.updates, (result, new_state), state)
     if is_lossy:
       result = jax.tree.map(_cast_like, result, self.updates, is_leaf=paths.is_absent)

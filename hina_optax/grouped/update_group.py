@@ -109,8 +109,8 @@ class GroupUpdater:
     if self.is_leafwise:
       first_leaf = self._first_leaves.setdefault(signature, first_leaf)
     leaf_keys = codecs.derive_leaf_keys(inputs.encodings, keys)
-    present_g = [g for g in inputs.gradients if not paths.is_absent(g)]
-    args = (token, present_g, inputs.params, inputs.state, shared, inputs.values, inputs.present,
+    existing_g = [g for g in inputs.gradients if not paths.is_absent(g)]
+    args = (token, existing_g, inputs.params, inputs.state, shared, inputs.values, inputs.present,
             leaf_keys)
 
     def default(token: Any, g: Any, p: Any, *rest: Any) -> Any:

@@ -20,8 +20,8 @@ from hina_optax.memory import _arguments, _blocks
 _BLOCK = 256
 MIN_SIZE = 4096
 _PURPOSE = 3
-# A block without negative numbers uses the codes 0..255. Any other block uses -126..126, and its
-# three spare codes stand for infinity, minus infinity and NaN.
+# A block of finite numbers of which none is negative uses the codes 0..255. Any other block uses
+# -126..126, and its three spare codes stand for infinity, minus infinity and NaN.
 _UNSIGNED, _SIGNED = 255.0, 126.0
 _INFINITE, _NAN = 127, -128
 
@@ -55,8 +55,8 @@ def with_quantized_state(
   (rounded up to bf16) is stored as codes `c` on a grid of eighth powers,
 
   .. math::
-    x \approx s\, (c/255)^8 \text{ if no } x < 0, \qquad x \approx s \operatorname{sign}(c)\,
-    (c/126)^8 \text{ otherwise}
+    x \approx s\, (c/255)^8 \text{ if all } x \text{ are finite and none } < 0, \qquad
+    x \approx s \operatorname{sign}(c)\, (c/126)^8 \text{ otherwise}
 
   with stochastic rounding between the two neighbours, so that the mean is exact. The grid is 3%
   (6%) wide at the top, 18% (36%) at :math:`10^{-6} s`, and goes on below :math:`10^{-16} s`. A
@@ -235,8 +235,8 @@ def _encode_blocks(
   flags = jnp.where(x < 0, np.int8(2), jnp.where(finite, np.int8(0), np.int8(1)))
   flags = _blocks.block_max(flags, blocking)
   scale = _blocks.broadcast_to_parts(maximum, blocking)
-  signed = _blocks.broadcast_to_parts(flags > 0, blocking)
-  levels = jnp.where(signed, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
+  has_spare_codes = _blocks.broadcast_to_parts(flags > 0, blocking)
+  levels = jnp.where(has_spare_codes, jnp.float32(_SIGNED), jnp.float32(_UNSIGNED))
   code = _round_to_code(_divide_by_scale(size, scale), levels, draw)
   # No second moment is rounded to 0: with a momentum that is not 0, the step would be divided by
   # eps alone.

@@ -130,6 +130,6 @@ registry.register(Part(
     Option("use_spd", True, registry.FLAG,
            "`project_to_init`: pulls back to the start where the step moves further from it",
            "always pulls"),
-    Option("spd_lambda", 0.06, registry.FRACTION, "its strength"),
+    Option("spd_lambda", 0.06, registry.FRACTION, "strength of `use_spd`"),
   ), ("use_spd",), lambda options, inner: project_to_init(inner, options.spd_lambda),
   drop_order=4, reads_params=True, identity={"strength": 0.0}, examples={"": {"strength": 0.5}}))

@@ -178,16 +178,19 @@ registry.register(Part(
   scale_by_sign_agreement, SignAgreementState, "rate", 10, (
     Option("use_lr_mask", True, registry.FLAG,
            "`scale_by_sign_agreement`: a learning rate for each element"),
-    Option("lr_bump", None, registry.NUMBER, "its step; `None`: 0.03 of the reference rate",
+    Option("lr_bump", None, registry.NUMBER,
+           "by how much a rate moves per step; `None`: 0.03 of the reference rate",
            "`None`: 3e-6"),
     Option("min_lr", None, registry.NUMBER,
-           "its lower bound; `None`: 0.001 of the reference rate", "`None`: 1e-7"),
+           "lower bound of a rate; `None`: 0.001 of the reference rate", "`None`: 1e-7"),
     Option("max_lr", None, registry.NUMBER,
-           "its upper bound; `None`: 10 times the reference rate", "`None`: 1e-3"),
-    Option("warmup_steps", 500, registry.whole_number(0), "steps during which it moves"),
+           "upper bound of a rate; `None`: 10 times the reference rate", "`None`: 1e-3"),
+    Option("warmup_steps", 500, registry.whole_number(0),
+           "first steps, in which `use_lr_mask` moves the rates of elements; no warm-up of the "
+           "learning rate"),
     Option("reference_lr", None, registry.POSITIVE,
-           "the rate that those are measured against; `None`: `learning_rate`, for a schedule its "
-           "largest value over `warmup_steps`"),
+           "the rate that these three are measured against; `None`: `learning_rate`, for a schedule "
+           "its largest value over `warmup_steps`"),
   ), ("use_lr_mask",), _build_rule, check=_check_bounds,
   figures={"mean_rate_scale": Figure(read=mean_scale)}, drop_order=3, identity={"bump": 0.0},
   examples={"": {"bump": 0.3, "min_scale": 0.25, "max_scale": 1.7, "warmup_steps": 15}}))
