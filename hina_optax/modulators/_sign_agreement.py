@@ -189,8 +189,8 @@ registry.register(Part(
            "first steps, in which `use_lr_mask` moves the rates of elements; no warm-up of the "
            "learning rate"),
     Option("reference_lr", None, registry.POSITIVE,
-           "the rate that these three are measured against; `None`: `learning_rate`, for a schedule "
-           "its largest value over `warmup_steps`"),
+           "the rate that these three are measured against; `None`: `learning_rate`, for a "
+           "schedule its largest value over `warmup_steps`"),
   ), ("use_lr_mask",), _build_rule, check=_check_bounds,
   figures={"mean_rate_scale": Figure(read=mean_scale)}, drop_order=3, identity={"bump": 0.0},
   examples={"": {"bump": 0.3, "min_scale": 0.25, "max_scale": 1.7, "warmup_steps": 15}}))
