@@ -10,6 +10,7 @@ import pytest
 
 import hina_optax as ho
 from hina_optax import registry
+from tests import bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Case:
     explicit_every_time: whether the default run tests it in explicit sharding mode.
     ranges: names of the options of a wrapper that random examples vary.
     faults_every_time: whether the default run feeds it bad numbers.
+    bound: checks how large the update of a leaf may be (`tests/bounds.py`).
+    ties: whether the last bit of a number may decide on which side of a quantile it falls.
+    gathers: whether a step on a mesh may gather what it needs of sharded leaves.
   """
 
   name: str
@@ -55,6 +59,9 @@ class Case:
   explicit_every_time: bool = False
   faults_every_time: bool = False
   ranges: tuple[str, ...] = ()
+  bound: Callable[[bounds.LeafStep], None] | None = None
+  ties: bool = False
+  gathers: bool = False
 
   def __str__(self) -> str:
     return self.name
@@ -73,16 +80,30 @@ class Case:
 WRAPPING = ("direction", "rate", "step")
 
 
-LOOKS_ACROSS = ("add_rank_penalty", "scale_by_importance")
-SPREADS_BAD_NUMBERS = ("scale_by_importance",)
-# These cover stencils, order statistics, sums and the core.
-SHARDED_EVERY_TIME = ("attenuate_background-fast", "preserve_detail", "cautious")
-EXPLICIT_EVERY_TIME = ("suppress_edges",)
-# These contain the code of the other cases, and the path of the numbers through their sums.
-FAULTS_EVERY_TIME = ("suppress_edges", "scale_by_hina-torque-adopt", "scale_by_importance")
-WRAPPER_RANGES = {
-  "scale_by_sign_agreement": ("bump", "min_scale", "max_scale"), "cautious-leaf": ("factor",),
-  "scale_by_importance": ("strength", "decay"), "project_to_init": ("strength",),
+# What tests know of the cases of a part beyond what the part declares; of one case behind a hyphen.
+FACTS: dict[str, dict[str, Any]] = {
+  "suppress_edges": dict(
+    bound=bounds.no_element_grows, explicit_every_time=True, faults_every_time=True),
+  "preserve_detail": dict(bound=bounds.no_element_grows, sharded_every_time=True),
+  "adaptive_gradient_regularization": dict(bound=bounds.no_element_grows),
+  "attenuate_background": dict(bound=bounds.grows_by_a_fifth, ties=True),
+  "attenuate_background-fast": dict(sharded_every_time=True),
+  "suppress_high_frequency": dict(bound=bounds.no_longer),
+  "orthogonalize_to_params": dict(bound=bounds.no_longer),
+  "add_rank_penalty": dict(looks_across=True, gathers=True),
+  "scale_by_hina": dict(bound=bounds.adam),
+  "scale_by_hina-torque-sum": dict(bound=None),
+  "scale_by_hina-adopt": dict(bound=bounds.adopt),
+  "scale_by_hina-torque-adopt": dict(bound=bounds.adopt, faults_every_time=True),
+  "cautious": dict(sharded_every_time=True),
+  "grams": dict(bound=bounds.adam),
+  "scale_by_sign_agreement": dict(
+    bound=bounds.adam_times_rate, ranges=("bump", "min_scale", "max_scale")),
+  "scale_by_importance": dict(
+    bound=bounds.adam_times_importance, ranges=("strength", "decay"), looks_across=True,
+    spreads_bad_numbers=True, faults_every_time=True),
+  "add_scheduled_weight_decay": dict(bound=bounds.adds_decay),
+  "project_to_init": dict(ranges=("strength",)),
 }
 
 
@@ -104,10 +125,7 @@ def _case(part: registry.Part, label: str, kwargs: dict[str, Any]) -> Case:
     identity=None if part.identity is None else functools.partial(make, **part.identity),
     factory=None if part.stage in WRAPPING else part.factory, kwargs=kwargs,
     reads_params=part.reads_params, scale_free=part.scale_free, converges=not part.moves_minimum,
-    looks_across=part.name in LOOKS_ACROSS, spreads_bad_numbers=part.name in SPREADS_BAD_NUMBERS,
-    sharded_every_time=name in SHARDED_EVERY_TIME, explicit_every_time=name in EXPLICIT_EVERY_TIME,
-    faults_every_time=name in FAULTS_EVERY_TIME,
-    ranges=next((r for start, r in WRAPPER_RANGES.items() if name.startswith(start)), ()))
+    **{**FACTS.get(part.name, {}), **FACTS.get(name, {})})
 
 
 def _descent() -> optax.GradientTransformationExtraArgs:
@@ -136,7 +154,7 @@ def _alias(label: str, converges: bool = True, costly: bool = True, rare: bool =
   return Case(
     name=f"hina_adaptive-{label}", make=functools.partial(ho.hina_adaptive, **options),
     kind="alias", factory=ho.hina_adaptive, kwargs=options, reads_params=True, converges=converges,
-    costly=costly, rare=rare)
+    costly=costly, rare=rare, gathers=bool(options.get("sd_scripts_compat")))
 
 
 ALIASES = (
@@ -161,6 +179,8 @@ ALIASES = (
 )
 
 CASES = (*PARTS, *ALIASES)
+# The alias with every part on.
+EVERY_PART = next(case for case in ALIASES if EVERYTHING.items() <= case.kwargs.items())
 
 
 def as_optimizer(case: Case, learning_rate: Any = 0.05) -> optax.GradientTransformation:

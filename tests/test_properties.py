@@ -43,7 +43,7 @@ def test_converges_on_a_parabola(case):
     changed = {"learning_rate": schedule, "reference_lr": 0.05}
     tx = case.factory(**{**case.kwargs, **changed})
   else:
-    tx = as_optimizer(case, schedule if not case.name.startswith("project") else 0.05)
+    tx = as_optimizer(case, schedule if not case.steps else 0.05)
 
   def step(carry, _):
     params, state = carry

@@ -12,7 +12,7 @@ import pytest
 import hina_optax as ho
 from hina_optax import memory
 from tests import trees
-from tests.cases import CASES, EVERYTHING, is_costly, some
+from tests.cases import CASES, EVERY_PART, EVERYTHING, is_costly, some
 from tests.memory.storages import INNERS
 
 
@@ -44,7 +44,7 @@ def steps(params, count=4):
   return gradients
 
 
-@some(CASES, lambda case: is_costly(case) and case.name != "hina_adaptive-everything")
+@some(CASES, lambda case: is_costly(case) and case is not EVERY_PART)
 def test_batched_is_unbatched(case):
   params = layers()
   plain, batched = both(case)

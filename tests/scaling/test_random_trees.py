@@ -5,7 +5,6 @@ numbers among the options are traced: programs are compiled once and see many ex
 """
 
 import functools
-import math
 import os
 
 import hypothesis
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hina_optax import memory
+from tests import bounds
 from tests.cases import CASES, Case
 from tests.scaling import meshes
 
@@ -132,52 +132,19 @@ def finite(tree) -> bool:
   return all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves(tree))
 
 
-def size(x) -> float:
-  return float(np.max(np.abs(np.asarray(x, np.float64)), initial=0.0))
-
-
-def length(x) -> float:
-  return float(np.sqrt(np.sum(np.square(np.asarray(x, np.float64)))))
-
-
-def adam_bound(options: dict, step: int) -> float:
-  """The largest `m / sqrt(v)` that any gradients can give after as many steps (Cauchy, Schwarz)."""
-  b1, b2 = options.get("b1", 0.9), options.get("b2", 0.999)
-  ages = range(step)
-  first, second = sum(b1**i for i in ages), sum(b2**i for i in ages)
-  return math.sqrt(sum((b1**i / first) ** 2 / (b2**i / second) for i in ages))
-
-
-def check_bound(case: Case, options: dict, step: int, g, u, p) -> None:
-  """What a docstring says of the size of an update; `1e-2` is for bf16 and f16."""
-  name, slack = case.name, 1.01 if g.dtype == _F32 else 1.03
-  least = 1e-37 if g.dtype != _F16 else 1e-7
-  if name.startswith(("suppress_edges", "preserve_detail", "adaptive_gradient_regularization")):
-    assert (np.abs(np.asarray(u, np.float64)) <= slack * np.abs(np.asarray(g, np.float64))).all()
-  if name.startswith("attenuate_background"):
-    assert size(u) <= slack * 1.2 * size(g) + least
-  if name == "suppress_high_frequency" or name == "orthogonalize_to_params":
-    assert length(u) <= slack * length(g) + least * math.sqrt(max(g.size, 1))
-  if name == "adaptive_gradient_regularization-clip":
-    assert length(u) <= slack
-  if name == "add_scheduled_weight_decay":
-    assert size(u) <= slack * (size(g) + options["weight_decay"] * size(p)) + least
-  bound = adam_bound(options, step)
-  if case.kind == "moments" and "sum" not in name:
-    assert size(u) <= slack * (step**0.25 if "adopt" in name else bound)
-  if name in ("grams", "cautious-leaf"):
-    assert size(u) <= slack * bound
-  if name.startswith("scale_by_sign_agreement"):
-    assert size(u) <= slack * bound * options["max_scale"]
-  if name.startswith("scale_by_importance"):
-    assert size(u) <= slack * bound * 30
+def check_bound(case: Case, options: dict, number: int, g, u, p) -> None:
+  """What a docstring says of the size of an update; the slack is for fp32, or bf16 and f16."""
+  if case.bound is not None:
+    case.bound(bounds.LeafStep(
+      options, number, g, u, p, slack=1.01 if g.dtype == _F32 else 1.03,
+      least=1e-37 if g.dtype != _F16 else 1e-7))
 
 
 def tolerance(case: Case, x) -> tuple[float, float]:
   """Relative, and absolute for a leaf; a thousand-millionth of a step is no difference."""
   wide = 1e-4 if x.dtype == _F32 else 0.02
   unit = 1e-9 if case.kind in ("moments", "alias") or case.wraps else 1e-30
-  return wide, wide * size(x) + unit
+  return wide, wide * bounds.size(x) + unit
 
 
 def check(programs: Programs, place, options, seed, exponents, spread) -> None:

@@ -88,7 +88,7 @@ def on(case, shape):
   shown = case.sharded_every_time and shape == (4, 2)
   name = f"{case.name}-{shape[0]}x{shape[1]}"
   # A place just at the quantile of the background may fall on either side of it.
-  marks = [pytest.mark.exact] if "background" in case.name else []
+  marks = [pytest.mark.exact] if case.ties else []
   return pytest.param(case, shape, id=name, marks=marks + ([] if shown else [pytest.mark.slow]))
 
 
@@ -104,7 +104,7 @@ def test_sharded_training_is_that_of_one_device(case, shape):
   check_state(state, params)
   check_bytes(state, params)
   compiled = program(tx).lower(params, state, given[0]).compile()
-  if "rank_penalty" not in case.name and "compat" not in case.name:
+  if not case.gathers:
     check_traffic(compiled)
   params, state = train(tx, params, given, compiled, state)
   check_state(state, params)
