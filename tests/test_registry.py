@@ -72,6 +72,11 @@ def test_its_options_are_checked(outside):
     ho.hina_adaptive(outlier_limt=2.0)
 
 
+def test_the_original_s_arithmetic_does_not_ignore_it(outside):
+  with pytest.raises(ValueError, match=r"outlier_limits: .*sd_scripts_compat"):
+    ho.hina_adaptive(sd_scripts_compat=True, outlier_limits=True)
+
+
 def test_its_options_can_be_injected(outside):
   params = trees.few()
   tx = optax.inject_hyperparams(ho.hina_adaptive)(1e-2, outlier_limits=True, outlier_limit=2.0)

@@ -231,11 +231,11 @@ def build(o: HinaOptions) -> HinaTransformation:
     return _choose_plan(o, shapes, layout)
 
   choose_plan = memory.cache_plans(choose_for, functools.partial(_chain.make_layout, o))
-  resolve = driver.get_settings(_chain.build_transformation(o))
+  resolve = driver.get_resolver(_chain.build_transformation(o))
   if _memory_options.is_planned(o):
     def resolve(params: Any, state: Any) -> driver.Settings:
       paths.require_params(params, "a transformation with a memory plan")
-      return driver.get_settings(choose_plan(params, state).stored)(params, state)
+      return driver.get_resolver(choose_plan(params, state).stored)(params, state)
 
   own_traits = Traits(
     options=o, choose_plan=choose_plan,

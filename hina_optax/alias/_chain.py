@@ -28,6 +28,7 @@ def make_settings(o: HinaOptions) -> Settings:
   if o.weight_decay_mask is not None:
     mask = functools.partial(_mask_decay, o.weight_decay_mask)
   if o.sd_scripts_compat:
+    _refuse_parts_of_others(o)
     parts = sd_scripts.sd_scripts_chain(o, mask, rate_units=rate_units.resolve(o))
   else:
     regularizers = [part.build(o) for part in _enabled_parts(o, "gradient")]
@@ -38,6 +39,16 @@ def make_settings(o: HinaOptions) -> Settings:
   return Settings(
     traits.strip_guard(parts), Stacking(limit) if batches else None, guards_non_finite=True,
     is_lightweight=not (has_long_programs or batches))
+
+
+def _refuse_parts_of_others(o: HinaOptions) -> None:
+  """Refuses switches of parts that the PyTorch original does not have."""
+  others = [name for name in registry.switches() if getattr(o, name)
+            and name not in sd_scripts.SWITCHES]
+  if others:
+    raise ValueError(
+      f"{', '.join(others)}: the PyTorch original has no such part, and sd_scripts_compat=True "
+      "would ignore it. Switch one of the two off.")
 
 
 def build_transformation(o: HinaOptions) -> optax.GradientTransformationExtraArgs:

@@ -59,7 +59,7 @@ def choose_plan(
 def _simplify(
   o: HinaOptions, build: Build, params: Any, constraints: memory.PlanConstraints
 ) -> tuple[HinaOptions, tuple[str, ...]]:
-  """Switches off features whose state does not fit. Returns the options and the names of these."""
+  """Switches off features whose state does not fit; returns new options and the features' names."""
   dropped: list[str] = []
   if not o.emergency_simplify or constraints.budget is None:
     return o, ()

@@ -24,7 +24,7 @@ class Names:
   """
 
   def __init__(self, names: tuple[str, ...]):
-    """Call `intern_names` instead: it makes equal names once, and comparing them is then cheap."""
+    """Call `intern_names` instead: equal names are then one object, which is cheap to compare."""
     self.names = names
     self.index = {name: i for i, name in enumerate(names)}
     self._hash = hash(names)

@@ -27,7 +27,8 @@ class Traits:
     measures: what it measures across leaves before the leaves are updated, in the order of its
       state.
     bare: the same transformation without its own guard against numbers that are not finite.
-    driver: the settings of a transformation that runs its inner in the driver; `None` for others.
+    resolver: `resolver(params, state)` gives the driver's settings of a transformation that runs in
+      the driver; `None` for others.
     options: the `HinaOptions` that it was built from; `None` for others.
     choose_plan: `choose_plan(params, state=None)` gives its memory plan; `None` if it has none.
     rebuild: `rebuild(**changes)` gives the transformation with changed options; `None` if it has
@@ -38,7 +39,7 @@ class Traits:
   kinds: tuple[Kinds, ...] = ()
   measures: tuple[Any, ...] = ()
   bare: Any = None
-  driver: Any = None
+  resolver: Any = None
   options: Any = None
   choose_plan: Any = None
   rebuild: Any = None

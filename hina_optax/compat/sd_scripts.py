@@ -44,6 +44,12 @@ Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 _QUANTA = 6553.5
 _IMPORTANCE = {"importance": round(_QUANTA) / _QUANTA, "initial_norm": -1.0, "relation": 0.0}
 
+# Options that switch a stage on; the original accepts `use_grams` and ignores it.
+SWITCHES = frozenset({
+  "use_agr", "edge_suppression", "spatial_awareness", "background_regularization",
+  "lora_rank_penalty", "use_orthogonal_grad", "use_tam", "use_adopt_stability", "use_cautious",
+  "use_grams", "use_lr_mask", "use_dynamic_adaptation", "use_spd"})
+
 
 def sd_scripts_chain(
   o: Any, mask: Callable[[Transformation], Transformation] | None = None, *,

@@ -20,7 +20,7 @@ from hina_optax.grouped.settings import Settings, Stacking, init_state, make_lay
 from hina_optax.grouped.step import Step
 
 __all__ = [
-  "Settings", "Stacking", "get_apply", "get_settings", "make_layout", "make_transformation",
+  "Settings", "Stacking", "get_apply", "get_resolver", "make_layout", "make_transformation",
   "with_codec", "with_settings",
 ]
 
@@ -29,9 +29,9 @@ __all__ = [
 SettingsResolver = Callable[[Any, Any], Settings]
 
 
-def get_settings(inner: Any) -> SettingsResolver:
+def get_resolver(inner: Any) -> SettingsResolver:
   """Returns the settings that `inner` already runs with, or the default settings around it."""
-  resolver = traits.get_traits(inner).driver
+  resolver = traits.get_traits(inner).resolver
   if resolver is not None:
     return resolver
   default = Settings(optax.with_extra_args_support(inner))
@@ -42,7 +42,7 @@ def with_settings(
   inner: Any, change: Callable[[Settings], Settings]
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `inner` with changed settings; nested wrappers share one loop."""
-  resolve = get_settings(inner)
+  resolve = get_resolver(inner)
   inner_traits = traits.get_traits(inner)
   return make_transformation(
     lambda params, state: change(resolve(params, state)),
@@ -51,7 +51,7 @@ def with_settings(
 
 def with_codec(inner: Any, codec: Codec, window: int | None = None) -> Any:
   """Returns `inner` with one more codec around its state."""
-  resolve = get_settings(inner)
+  resolve = get_resolver(inner)
   inner_traits = traits.get_traits(inner)
 
   def resolve_with_codec(params: Any, state: Any) -> Settings:
@@ -97,7 +97,7 @@ def make_transformation(
 
   update.apply = apply  # type: ignore[attr-defined]
   return traits.attach_traits(
-    init, shardings.use_automatic_axes(update), dataclasses.replace(known_traits, driver=resolve))
+    init, shardings.use_automatic_axes(update), dataclasses.replace(known_traits, resolver=resolve))
 
 
 def get_apply(tx: Any) -> Callable[..., tuple[Any, Any]] | None:

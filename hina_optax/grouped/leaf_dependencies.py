@@ -16,8 +16,8 @@ from jax.extend import core
 from hina_optax.base import paths, positions
 from hina_optax.base.leafwise import PRESENT
 
-# Owner of a vector with one number per leaf, in place of the place of a single leaf. Only this
-# library's lift makes and reads such vectors, and for each leaf it reads the leaf's own number.
+# Marks a vector with one number per leaf (`LeafNumbers`), which belongs to no single leaf. Only
+# `base/leafwise.py` makes and reads such vectors, and for each leaf it reads the leaf's own number.
 _NUMBERS = -1
 _VECTOR = "vector of "
 # Primitives whose body can be traced result by result, and the names of the parameter that holds

@@ -106,7 +106,8 @@ class Measure(NamedTuple):
   """A computation across leaves, whose result is a small value per leaf.
 
   Attributes:
-    name: name of the extra argument in which the part gets the values of its leaves, by place.
+    name: key in `extra_args` under which the loop hands the values to the part, as a dict from a
+      leaf's place in the flattened tree to its value.
     state_type: type of the state that it keeps from step to step; `None` if it keeps none.
     compute: `(leaves, state) -> (values, state)`, with one value per group: `None`, or a tree of
       arrays with one row per leaf.

@@ -1,4 +1,10 @@
-"""One step: updates every group, one after the other."""
+"""One step: updates every group, one after the other.
+
+In order, `Step.run` (1) checks the structure of the state, (2) runs the measures across leaves,
+(3) packs groups into windows, (4) for each group has `update_group.GroupUpdater` gather gradients
+and parameters, decode the state, run the inner transformation and encode the state, (5) puts the
+updates into the user's tree and the state together again.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,8 +212,8 @@ class Step:
           window_results[index] = group_result
         # Each group computes the same shared state.
         new_shared = results.shared if new_shared is None else new_shared
-      # Also after the last window: v5e's compiler began it before the others otherwise (seen with
-      # libtpu 0.0.42).
+      # The last window needs a barrier too. Without it the compiler for the TPU v5e started that
+      # window before the earlier ones (seen with libtpu 0.0.42).
       if len(windows) > 1:
         window_token, window_results = _finish_window(window_token, window_results, add, slots)
       for index, (updates, entries) in window_results.items():

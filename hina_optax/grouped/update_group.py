@@ -61,8 +61,9 @@ class GroupUpdater:
     params_structure: structure of the user's tree.
     state_structure: structure of the state above its slots.
     slot_kinds: kind of each slot.
-    is_leafwise: whether the inner treats each leaf by itself by construction. It then runs under
-      `vmap` in the place of one leaf, and in programs that groups of equal signature share.
+    is_leafwise: whether the inner treats each leaf by itself by construction. If so, it runs
+      under `vmap` on a tree that holds one leaf only, and groups with equal signatures share one
+      program.
     extra_args: extra arguments of the inner.
     add: whether to return new parameters instead of updates.
     guards_non_finite: see `Settings`.

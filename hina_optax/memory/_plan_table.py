@@ -101,7 +101,7 @@ class MemoryPlan:
 
   @property
   def pressure(self) -> float | None:
-    """Share of the budget that is used, the reserve is_included; `None` without a budget."""
+    """Share of the budget in use, the reserve included; `None` without a budget."""
     if self.budget_bytes is None:
       return None
     return (self.device_bytes + self.reserve_bytes) / self.budget_bytes

@@ -64,8 +64,8 @@ def _find_state_shapes(planned: PlannedTransformation, params: Any) -> Any:
 
 
 def _convert_leaf(path: str, stored: Any, like: Any, storage: Storage) -> Any:
-  # A transformation whose whole state is this leaf: its wrappers store the leaf as they would
-  # within the whole state.
+  # The `init` of a dummy transformation, whose state is this leaf alone, stores the leaf as the
+  # wrappers store it within the full state.
   transformation = optax.GradientTransformation(
     lambda params: {path: _decode_leaf(stored, like)},
     lambda updates, state, params=None: (updates, state))

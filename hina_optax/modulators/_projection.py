@@ -86,7 +86,7 @@ def project_to_init(
   def pull(leaf, u, g, _, old, raw):
     (raw_u, raw_p), u, before = raw, leaf.compute_once(u), old.displacement
     after, amount = before + u, numerics.scalar(strength, u.dtype)
-    # The barrier makes the sum for the share add `u` again, so that `after` need not be stored.
+    # Behind the barrier XLA computes `before + u` again for the share, instead of keeping `after`.
     share = _selective_share(g, before, before + lax.optimization_barrier(u))
     u = leaf.compute_once(u - amount * share * after)
     return u, old._replace(displacement=before + applied_update(u, raw_p, raw_u.dtype))

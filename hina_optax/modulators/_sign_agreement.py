@@ -28,7 +28,7 @@ class SignAgreementState(NamedTuple):
     count: int32 scalar, steps seen.
     bumps: like the parameters, int16: packed position, anchor and polarity. 2 bytes per
       parameter.
-    lattice: fp32 vector (bump, min_scale, max_scale) that `bumps` counts in. 12 bytes.
+    lattice: fp32 vector (bump, min_scale, max_scale), which turns `bumps` into rates. 12 bytes.
   """
 
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
