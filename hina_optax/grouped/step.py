@@ -202,10 +202,13 @@ class Step:
     # `window_token` orders windows on every platform, `group_token` orders groups on CPUs.
     window_token = jnp.zeros([], jnp.int32)
     group_token = jnp.zeros([], jnp.float32)
-    for number, members in enumerate(windows):
+    for members in windows:
       window_results = {}
       for batch in self._batch_groups(members):
-        inputs = self._gather_inputs(batch, slots, values, window_token if number else None)
+        # The first window is tied as well: the compiler for the TPU v5e left its update to the end
+        # otherwise (libtpu 0.0.42; 110 MB of temporaries instead of 75).
+        inputs = self._gather_inputs(
+          batch, slots, values, window_token if len(windows) > 1 else None)
         results = updater.update(inputs, shared, group_token, element_count, self.keys)
         group_token = results.token
         for index, group_result in zip(batch, results.groups):
